@@ -1,0 +1,3 @@
+"""Reinforcement learning from human feedback in JAX."""
+
+__version__ = "0.1.0"

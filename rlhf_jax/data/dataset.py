@@ -1,0 +1,308 @@
+"""One data set for one run: read, adapted, tokenised, cut to length, split into train and held out."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from rlhf_jax.data import formats, sources
+from rlhf_jax.data.config import Data
+from rlhf_jax.data.conversions import CONVERSIONS, Form, impossible
+from rlhf_jax.data.rows import Refusal, Text
+from rlhf_jax.data.tokens import Encoder, Tokens, fit
+from rlhf_jax.errors import UserError
+
+FIRST_ROWS = 64  # records looked at to find out the format
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """What a loss sees of one row.
+
+    Attributes:
+      completions: prompt and completion as tokens; pairs hold (chosen, rejected) with the same prompt.
+      labels: one a completion: (True, False) for pairs, the row's own if labelled, () for demonstrations.
+      prompt: signed 64-bit hash of the prompt's token ids before any cut.
+      index: number of the row over all sources; it depends on the files alone, not on the tokenizer, the
+        length or the seed.
+      source: which path, counted from 0; those of `eval_path` continue those of `path`.
+      where: file and line.
+    """
+
+    completions: tuple[Tokens, ...]
+    labels: tuple[bool, ...]
+    prompt: int
+    index: int
+    source: int
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every row that was read.
+
+    Attributes:
+      read: rows read (lines of files, also those that are no row).
+      train, evaluation: examples used; a ranking gives several.
+      refused: rows that can't be used, with the reason.
+      cut: rows whose prompt lost its oldest tokens.
+      too_long: rows left out because they don't fit the length.
+      shared: rows of `path` left out because their prompt stands in `eval_path`.
+    """
+
+    read: int
+    train: int
+    evaluation: int
+    refused: tuple[tuple[str, str], ...]
+    cut: tuple[str, ...]
+    too_long: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> int:
+        """Examples for training and evaluation."""
+        return self.train + self.evaluation
+
+    def lines(self, first: int = 3) -> list[str]:
+        """Sentences for the start of a run, naming the `first` rows of each kind."""
+        said = [f"{self.read} rows read: {self.train} examples to train on, {self.evaluation} held out"]
+        refused = [f"{where} ({reason})" for where, reason in self.refused]
+        for rows, what in (
+            (refused, "refused"),
+            (self.cut, "cut to the length (oldest prompt tokens)"),
+            (self.too_long, "left out: longer than the length"),
+            (self.shared, "left out: prompt also in the held-out rows"),
+        ):
+            if rows:
+                more = ", ..." if len(rows) > first else ""
+                said.append(f"{len(rows)} {what}: {', '.join(rows[:first])}{more}")
+        return said
+
+    def write(self, path: str) -> None:
+        """Every row that was refused, cut or left out, one JSON object a line: where, what, reason."""
+        rows = [{"where": where, "what": "refused", "reason": reason} for where, reason in self.refused]
+        for places, what in (
+            (self.cut, "cut"),
+            (self.too_long, "too long"),
+            (self.shared, "prompt held out"),
+        ):
+            rows += [{"where": where, "what": what, "reason": ""} for where in places]
+        epath.Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples and what was left out; `fingerprint` changes with any token, mask or label of any example."""
+
+    train: tuple[Example, ...]
+    evaluation: tuple[Example, ...]
+    report: Report
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """One example before tokenising."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    labels: tuple[bool, ...]
+    index: int
+    source: int
+    where: str
+
+
+@dataclasses.dataclass
+class _Notes:
+    """What is noted on the way from records to examples; a row is noted once."""
+
+    read: int = 0
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    cut: dict[str, None] = dataclasses.field(default_factory=dict)
+    too_long: dict[str, None] = dataclasses.field(default_factory=dict)
+
+
+def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> Dataset:
+    """Reads every source of `config` and makes the examples of one `form`.
+
+    Args:
+      form: what the loss takes: single answers, pairs, or labelled answers.
+      length: most tokens a row may have (`config.length`, or the model's context).
+      seed: decides, with the prompt alone, which rows are held out.
+    Raises: UserError as the sources and formats do; for rows the form can't be made of; for more refused rows
+      than `max_refused`, or none left.
+    """
+    _check(config, length)
+    notes = _Notes()
+    items: list[_Item] = []
+    index = 0
+    for source, path in enumerate([*config.path, *config.eval_path]):
+        more, index = _items(path, source, config, encoder.chat, form, index, notes)
+        items += more
+    kept = _encoded(items, encoder, length, config.too_long, notes)
+    refused = tuple(notes.refused.items())
+    if len(refused) > config.max_refused * notes.read:
+        raise UserError(
+            f"{len(refused)} of {notes.read} rows can't be used, more than data.max_refused={config.max_refused} "
+            f"allows; the first is {refused[0][0]}: {refused[0][1]}; mend the rows or raise "
+            "--config.data.max_refused"
+        )
+    train, evaluation, shared = _split(kept, config, seed)
+    cut, too_long = tuple(notes.cut), tuple(notes.too_long)
+    report = Report(notes.read, len(train), len(evaluation), refused, cut, too_long, shared)
+    if not train:
+        raise UserError(_nothing_left(report, config.path, length))
+    return Dataset(tuple(train), tuple(evaluation), report, _fingerprint(train, evaluation, encoder))
+
+
+def _check(config: Data, length: int) -> None:
+    if not config.path:
+        raise UserError("no data to train on; give --config.data.path=FILE")
+    if config.weights and len(config.weights) != len(config.path):
+        raise UserError(
+            f"data.weights has {len(config.weights)} numbers for {len(config.path)} paths; give one for each path"
+        )
+    if any(not 0 < w < float("inf") for w in config.weights):
+        raise UserError(f"data.weights={config.weights} must be above 0; leave out a path that is not wanted")
+    if not 0 <= config.eval_share < 1:
+        raise UserError(f"data.eval_share={config.eval_share} must be at least 0 and below 1")
+    if not 0 <= config.max_refused <= 1:
+        raise UserError(f"data.max_refused={config.max_refused} must be from 0 to 1")
+    if length < 2:
+        raise UserError(
+            f"data.length={length} must be at least 2: one token of a prompt and one of an answer"
+        )
+
+
+def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
+    why = f"{len(report.refused)} refused, {len(report.too_long)} longer than {length} tokens, "
+    why += f"{len(report.shared) + report.evaluation} held out"
+    first = f"; the first refused is {': '.join(report.refused[0])}" if report.refused else ""
+    return f"no row to train on is left of {report.read} in {', '.join(paths)}: {why}{first}"
+
+
+# From records to items
+
+
+def _items(
+    path: str, source: int, config: Data, chat: bool, form: Form, index: int, notes: _Notes
+) -> tuple[list[_Item], int]:
+    """The items of one source, numbered from `index`, and the next free number."""
+    records = list(sources.read(path, config.split))
+    notes.read += len(records)
+    name = _format(path, records, config.format)
+    kind = formats.FORMATS[name].row
+    if (kind, form) not in CONVERSIONS:
+        raise UserError(impossible(path, kind, form))
+    items: list[_Item] = []
+    for record in records:
+        try:
+            if isinstance(record, sources.Refused):
+                raise Refusal(record.reason)
+            row = formats.adapt(name, record.columns, chat)
+        except Refusal as refusal:
+            notes.refused.setdefault(record.where, str(refusal))
+            index += 1  # numbers do not move when a row is refused
+            continue
+        for prompt, completions, labels in CONVERSIONS[kind, form](row):
+            items.append(_Item(prompt, completions, labels, index, source, record.where))
+            index += 1
+    return items, index
+
+
+def _format(path: str, records: Sequence[sources.Record | sources.Refused], wanted: str) -> str:
+    columns = [record.columns for record in records if isinstance(record, sources.Record)]
+    if not columns:
+        bad = next(record for record in records if isinstance(record, sources.Refused))
+        raise UserError(f"none of the {len(records)} rows of {path} can be read; {bad.where}: {bad.reason}")
+    if wanted == "auto":
+        return formats.detect(columns[:FIRST_ROWS], path)
+    formats.check(wanted, columns, path)
+    return wanted
+
+
+# From items to examples
+
+
+def _encoded(
+    items: Sequence[_Item],
+    encoder: Encoder,
+    length: int,
+    policy: str,
+    notes: _Notes,
+) -> list[tuple[_Item, Example]]:
+    rows = iter(encoder.encode_many([(item.prompt, c) for item in items for c in item.completions]))
+    kept = []
+    for item in items:
+        whole = [next(rows) for _ in item.completions]
+        bad = next((row for row in whole if isinstance(row, Refusal)), None)
+        if bad is not None:
+            notes.refused.setdefault(item.where, str(bad))
+            continue
+        completions = tuple(row for row in whole if isinstance(row, Tokens))
+        longest = max(map(len, completions))
+        if longest > length and policy == "stop":
+            raise UserError(
+                f"{item.where} has {longest} tokens and the length is {length}; raise --config.data.length or "
+                "choose --config.data.too_long=cut_prompt or refuse"
+            )
+        fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
+        if fitted is None:
+            notes.too_long[item.where] = None
+            continue
+        if longest > length:
+            notes.cut[item.where] = None
+        prompt = _hash(completions[0].prompt.tobytes())
+        kept.append((item, Example(fitted, item.labels, prompt, item.index, item.source, item.where)))
+    return kept
+
+
+def _hash(*parts: bytes) -> int:
+    """A signed 64-bit hash."""
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big", signed=True)
+
+
+def _prompt_text(item: _Item) -> bytes:
+    """What two rows of one prompt share: of a whole conversation, the turns before its first answer."""
+    text = item.prompt or item.completions[0]
+    if not item.prompt and not isinstance(text, str):
+        text = tuple(itertools.takewhile(lambda m: m.role != "assistant", text))
+    elif not item.prompt:
+        text = ""
+    return json.dumps(text).encode()
+
+
+def _split(
+    kept: Sequence[tuple[_Item, Example]], config: Data, seed: int
+) -> tuple[list[Example], list[Example], tuple[str, ...]]:
+    """(training examples, held-out examples, places of rows left out of training for sharing a prompt)."""
+    if config.eval_path:
+        evaluation = [(item, e) for item, e in kept if item.source >= len(config.path)]
+        prompts = {_prompt_text(item) for item, _ in evaluation}
+        ours = [(e, _prompt_text(item) in prompts) for item, e in kept if item.source < len(config.path)]
+        return (
+            [e for e, held in ours if not held],
+            [e for _, e in evaluation],
+            tuple(dict.fromkeys(e.where for e, held in ours if held)),
+        )
+    drawn = [(e, _hash(str(seed).encode(), _prompt_text(item)) % 2**53 / 2**53) for item, e in kept]
+    return (
+        [e for e, u in drawn if u >= config.eval_share],
+        [e for e, u in drawn if u < config.eval_share],
+        (),
+    )
+
+
+def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encoder: Encoder) -> str:
+    digest = hashlib.blake2b(encoder.fingerprint.encode(), digest_size=16)
+    for part in (train, evaluation):
+        digest.update(b"part%d" % len(part))
+        for example in part:
+            digest.update(np.asarray([example.index, example.source, *example.labels], np.int64).tobytes())
+            for tokens in example.completions:
+                digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+"""The kinds of rows that every data format is brought to.
+
+Text is opaque: nothing in this project acts on what a row says.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Conversation = tuple[Message, ...]
+Text = str | Conversation
+
+
+class Refusal(Exception):
+    """A row that can't be used; the argument is the reason, a clause without capital or full stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstration:
+    """An answer to imitate. A whole conversation has `prompt=()`: every assistant turn is trained."""
+
+    prompt: Text
+    completion: Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, the first preferred."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """One answer with a thumb up (True) or down (False)."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Several answers to one prompt; the smaller the rank the better, equal ranks are ties."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    ranks: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepwise:
+    """The steps of one solution in order, each right (True) or wrong (False)."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    labels: tuple[bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt without an answer, for rollouts."""
+
+    prompt: Text
+
+
+Row = Demonstration | Preference | Labelled | Ranking | Stepwise | Prompt

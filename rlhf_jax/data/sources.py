@@ -1,0 +1,195 @@
+"""Records from JSON Lines files, JSON lists, parquet files, folders of them and Hub data sets.
+
+Every record knows where it comes from, so that a row that can't be used is named by file and line. Paths go
+through `etils.epath`: `gs://` works wherever a folder does.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, cast
+
+from etils import epath
+
+from rlhf_jax.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One row as it stands in its source.
+
+    Attributes:
+      where: `file.jsonl:7` (line, from 1) or `name[7]` (row of a table or list, from 0).
+      columns: column name -> JSON value; a null counts as absent and is left out.
+    """
+
+    where: str
+    columns: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A place where a row should stand and can't be read, with the reason."""
+
+    where: str
+    reason: str
+
+
+def read(path: str, split: str = "train") -> Iterator[Record | Refused]:
+    """All records of a file, a folder (its data files by name) or a Hub data set, in order.
+
+    Args:
+      path: a local or `gs://` path, or the name of a Hub data set.
+      split: the split of a Hub data set; files have none.
+    Raises: UserError for what isn't there, is empty, is a Git LFS pointer or has an unknown suffix.
+    """
+    place = epath.Path(path).expanduser()
+    if place.is_dir():
+        return _folder(place)
+    if place.exists():
+        return _file(place)
+    if _looks_local(path):
+        raise UserError(f"there is no data file or folder {path}; check --config.data.path")
+    return _hub(path, split)
+
+
+def _looks_local(path: str) -> bool:
+    starts = path.startswith((".", "/", "~"))
+    return starts or path.count("/") > 1 or _suffix(path) is not None
+
+
+def _suffix(name: str) -> str | None:
+    """The longest known suffix of a file name."""
+    return max((s for s in READERS if name.lower().endswith(s)), key=len, default=None)
+
+
+def _folder(folder: epath.Path) -> Iterator[Record | Refused]:
+    files = sorted(f for f in folder.iterdir() if _suffix(f.name) and f.is_file())
+    if not files:
+        raise UserError(f"the folder {folder} holds no data file; it may hold {', '.join(READERS)}")
+    return itertools.chain.from_iterable(map(_file, files))
+
+
+def _file(file: epath.Path) -> Iterator[Record | Refused]:
+    suffix = _suffix(file.name)
+    if suffix is None:
+        raise UserError(f"the suffix of {file} is unknown; a data file ends in {', '.join(READERS)}")
+    with file.open("rb") as f:
+        head = f.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
+        raise UserError(f"{file} is a Git LFS pointer, not the data; run `git lfs pull` in its repository")
+    some = False
+    for record in READERS[suffix](file):
+        some = True
+        yield record
+    if not some:
+        raise UserError(f"the data file {file} is empty; give a file with at least one row")
+
+
+@contextlib.contextmanager
+def _open(file: epath.Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, unpacked if they are gzip whatever the file is called."""
+    with file.open("rb") as raw:
+        packed = raw.read(2) == GZIP_MAGIC
+        raw.seek(0)
+        if not packed:
+            yield cast(IO[bytes], raw)
+            return
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            yield cast(IO[bytes], unpacked)
+
+
+def _lines(file: epath.Path) -> Iterator[Record | Refused]:
+    try:
+        with _open(file) as f:
+            # Bytes split at \n alone: str.splitlines would also split at U+2028 inside a row.
+            for number, line in enumerate(f, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield _parse(line, f"{file}:{number}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file} is a broken gzip file ({error}); get it again") from error
+
+
+def _parse(line: bytes, where: str) -> Record | Refused:
+    try:
+        return _record(json.loads(line), where)
+    except UnicodeDecodeError as error:
+        return Refused(where, f"not UTF-8 text at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Refused(where, f"invalid JSON, {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Refused(where, "JSON nested too deeply")
+
+
+def _record(value: Any, where: str) -> Record | Refused:
+    if not isinstance(value, dict):
+        return Refused(where, "not a JSON object")
+    return Record(where, {name: column for name, column in value.items() if column is not None})
+
+
+def _json(file: epath.Path) -> Iterator[Record | Refused]:
+    """A JSON list of rows, or JSON lines under the name .json, which is common."""
+    with _open(file) as f:
+        content = f.read()
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _lines(file)
+        return
+    try:
+        values = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON ({error}); mend it or give JSON Lines") from error
+    for number, value in enumerate(values):
+        yield _record(value, f"{file}[{number}]")
+
+
+def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
+    import datasets
+
+    try:
+        # Streaming: no second copy of the file in the cache of `datasets`.
+        table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        yield from _table(table, str(file))
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds for a file that can't be read
+        raise UserError(f"{file} can't be read as parquet ({_first_line(error)}); check the file") from error
+
+
+def _hub(name: str, split: str) -> Iterator[Record | Refused]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:  # no network, no such set, no such split: each its own class
+        raise UserError(
+            f"{name!r} is no file or folder here, and its split {split!r} can't be had from the Hub "
+            f"({_first_line(error)}); check --config.data.path, --config.data.split and the network"
+        ) from error
+    return _table(cast(Iterable[Any], table), name)
+
+
+def _table(table: Iterable[Any], name: str) -> Iterator[Record | Refused]:
+    for number, value in enumerate(table):
+        yield _record(value, f"{name}[{number}]")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+READERS: dict[str, Callable[[epath.Path], Iterator[Record | Refused]]] = {
+    ".jsonl": _lines,
+    ".jsonl.gz": _lines,
+    ".json": _json,
+    ".json.gz": _json,
+    ".parquet": _parquet,
+}

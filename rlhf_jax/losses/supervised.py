@@ -1,0 +1,36 @@
+"""Losses of single tokens: what supervised fine-tuning minimises, [B, T] each."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Tokens(NamedTuple):
+    """Trained tokens, float32 [B, T] each; entries of other tokens are not used."""
+
+    logprobs: Array
+    logsumexp: Array
+
+
+def nll(tokens: Tokens, *, z_loss: float = 0.0) -> Array:
+    """Negative log-likelihood of each token, nats, [B, T], plus z_loss * logsumexp^2.
+
+    The z-loss keeps the logits' normaliser near 1 (Chowdhery et al. 2022, arXiv:2204.02311, sec. 5).
+    """
+    chex.assert_rank(list(tokens), 2)
+    return -tokens.logprobs + z_loss * jnp.square(tokens.logsumexp)
+
+
+def dft(tokens: Tokens) -> Array:
+    """Dynamic fine-tuning: each token's NLL weighted by its own probability, held fixed, [B, T].
+
+    References: Wu et al. 2025, arXiv:2508.05629, Eq. 9.
+    """
+    chex.assert_rank(list(tokens), 2)
+    return -jax.lax.stop_gradient(jnp.exp(tokens.logprobs)) * tokens.logprobs
+
+
+SUPERVISED = {"nll": nll, "dft": dft}

@@ -1,0 +1,35 @@
+"""Losses of single answers that carry a label: good or bad, [N] each."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Answer(NamedTuple):
+    """One completion a row, [N] each: log-probabilities in nats, float32; label True if desirable."""
+
+    logprob: Array
+    ref_logprob: Array
+    label: Array
+    baseline: Array  # k >= 0, nats: how far the policy has moved from the reference; no gradient
+
+
+def kto(
+    answer: Answer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Array:
+    """1 - sig(beta (r - k)) for a desirable answer, 1 - sig(beta (k - r)) for another, weighted, [N].
+
+    r = logprob - ref_logprob, and k is the baseline.
+    References: Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 8.
+    """
+    chex.assert_rank(list(answer), 1)
+    gain = beta * (answer.logprob - answer.ref_logprob - jax.lax.stop_gradient(answer.baseline))
+    desirable = desirable_weight * (1 - jax.nn.sigmoid(gain))
+    undesirable = undesirable_weight * (1 - jax.nn.sigmoid(-gain))
+    return jnp.where(answer.label, desirable, undesirable)
+
+
+UNPAIRED = {"kto": kto}

@@ -1,0 +1,92 @@
+"""Causal attention within segments: one interface, a dict of back ends.
+
+Each back end takes q [B, T, H, d], k and v [B, T, G, d] (H a multiple of G: grouped heads) and segments
+[B, T] int, and returns [B, T, H, d]. A token sees the tokens before it, and itself, that carry its own
+segment number: so packed rows and padding (segment 0) never leak, whatever the back end.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax.ops.layout import Layout
+
+BLOCK = 128
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
+    """Softmax attention, scores in float32; visible [B, T, S] says which keys a query may see."""
+    rows, length, heads, size = q.shape
+    groups = k.shape[2]
+    q = q.reshape(rows, length, groups, heads // groups, size)
+    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32) / size**0.5
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(rows, length, heads, size)
+
+
+def _visible(segments: Array, start: int, stop: int) -> Array:
+    """Which of the first `stop` keys the queries start..stop may see, bool [B, stop - start, stop]."""
+    causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None]
+    return causal[None] & (segments[:, start:stop, None] == segments[:, None, :stop])
+
+
+def dense(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
+    """All scores at once: the plainest form, for short rows and as the yardstick of the others."""
+    return _attend(q, k, v, _visible(segments, 0, q.shape[1]))
+
+
+def blocked(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
+    """Queries in blocks, each against the keys up to its end: half the scores, a block in memory.
+
+    The scores of a block are made again in the backward pass. At most 16 blocks, so that the program
+    stays short for long rows.
+    """
+    length = q.shape[1]
+    size = max(BLOCK, -(-length // 16))
+    attend = jax.checkpoint(_attend)  # pyright: ignore[reportPrivateImportUsage]
+    parts = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        visible = _visible(segments, start, stop)
+        parts.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], visible))
+    return jnp.concatenate(parts, axis=1)
+
+
+def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
+    """The TPU's flash attention kernel, run on each device's own rows and heads."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, size = q.shape[1], q.shape[3]
+    pad_length, pad_size = -length % BLOCK, -size % BLOCK
+
+    def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        rows, heads, groups = q.shape[0], q.shape[2], k.shape[2]
+        pads = ((0, 0), (0, pad_length), (0, 0), (0, pad_size))
+        q, k, v = (jnp.moveaxis(jnp.pad(x, pads), 2, 1) for x in (q / size**0.5, k, v))
+        q = q.reshape(rows, groups, heads // groups, *q.shape[2:])
+        segments = jnp.pad(segments, ((0, 0), (0, pad_length)))
+        mask = masks.MultiHeadMask([masks.CausalMask((q.shape[3],) * 2)] * (heads // groups))
+        kernel = kernels.make_splash_mqa_single_device(mask)
+        ids = kernels.SegmentIds(segments, segments)
+        over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        out = jax.vmap(over_groups)(q, k, v, ids)
+        out = jnp.moveaxis(out.reshape(rows, heads, *out.shape[3:]), 1, 2)
+        return out[:, :length, :, :size].astype(v.dtype)
+
+    spec = layout.spec("rows", None, "heads", None)
+    run = layout.per_shard(local, inputs=(spec, spec, spec, layout.spec("rows", None)), output=spec)
+    return run(q, k, v, segments)
+
+
+def auto(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
+    """splash where the mesh is of TPUs, blocked on rows of more than one block, else dense."""
+    device = layout.mesh.devices.flat[0] if layout.mesh is not None else None
+    platform = device.platform if device is not None else jax.default_backend()
+    if platform == "tpu" and q.shape[1] >= BLOCK:
+        return splash(q, k, v, segments, layout)
+    return (blocked if q.shape[1] > BLOCK else dense)(q, k, v, segments, layout)
+
+
+BACKENDS = {"auto": auto, "dense": dense, "blocked": blocked, "splash": splash}

@@ -1,0 +1,252 @@
+"""Hugging Face folders: read onto the mesh leaf by leaf, and written back.
+
+Only the header of each file is read before everything is known to fit; then each device's piece of each leaf
+is read from the files by itself, so neither a device nor the host ever holds the whole model.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.decoder import Model, Numerics, Params
+from rlhf_jax.models.families import FAMILIES, Weight
+from rlhf_jax.ops.layout import Layout
+
+IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+SHARD_BYTES = 5 * 2**30
+Place = Callable[[tuple[str, ...], jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+
+def folder(name: str) -> epath.Path:
+    """The local folder of a path, or of a Hub name after its files were fetched.
+
+    Errors: UserError where there is neither.
+    """
+    path = epath.Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path
+    if name.startswith(("/", ".", "~", "gs:")) or name.count("/") != 1:
+        raise UserError(f"model folder {name!r} doesn't exist; give --config.model.path a folder or a Hub name.")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    try:
+        return epath.Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the Hub's client has no base class of its own errors
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"model {name!r} is neither a folder here nor to be had from the Hub ({reason}); "
+            "check --config.model.path."
+        ) from error
+
+
+def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: Layout = Layout()) -> Model:
+    """The model that a folder's config.json tells of, without its weights."""
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        raise UserError(f"model folder {str(path)!r} holds no config.json; give a Hugging Face model folder.")
+    text = file.read_text()
+    config = json.loads(text)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"model family {kind!r} of {file} is not supported; supported are {', '.join(FAMILIES)}.")
+    try:
+        shape = FAMILIES[kind].shape(config)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{file} lacks the field {error}, which a {kind} config must have.") from error
+    return Model(shape, numerics, layout, source=text)
+
+
+def _weights(model: Model) -> tuple[Weight, ...]:
+    return FAMILIES[json.loads(model.source)["model_type"]].weights(model.shape)
+
+
+def _expected(model: Model) -> dict[str, tuple[int, ...]]:
+    """Their tensor names and shapes for this model."""
+    shapes = _leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    expected = {}
+    for weight in _weights(model):
+        whole = shapes[weight.ours].shape
+        one = np.empty(whole[1:] if weight.stacked else whole, np.int8)
+        saved = weight.save(one, model.shape).shape
+        names = [weight.theirs.format(i=i) for i in range(model.shape.layers)] if weight.stacked else [weight.theirs]
+        expected |= dict.fromkeys(names, saved)
+    return expected
+
+
+def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
+    return {
+        tuple(str(getattr(key, "key", key)) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+class _Files:
+    """The tensors of a folder's safetensors files, opened once."""
+
+    def __init__(self, path: epath.Path):
+        files = sorted(path.glob("*.safetensors"))
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = [path / name for name in names]
+        if not files:
+            raise UserError(
+                f"model folder {str(path)!r} holds no *.safetensors weights; give a folder with them, "
+                "or start from random ones with --config.model.init=random."
+            )
+        self.handles = {}
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{index} names {file.name}, which is missing; fetch the whole model folder.")
+            try:
+                handle = safe_open(os.fspath(file), framework="numpy")
+            except Exception as error:  # SafetensorError has no public home in every release
+                raise UserError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from error
+            self.handles |= dict.fromkeys(handle.keys(), handle)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.handles[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        return self.handles[name].get_tensor(name)
+
+
+def _check(model: Model, files: _Files, path: epath.Path) -> None:
+    """Refuses files that don't hold exactly this model, naming the first thing that doesn't fit."""
+    expected = _expected(model)
+    for name, shape in expected.items():
+        if name not in files.handles:
+            raise UserError(f"{path} lacks the tensor {name}, which its config.json calls for.")
+        if files.shape(name) != shape:
+            raise UserError(f"{path}: tensor {name} is {files.shape(name)}, but its config.json calls for {shape}.")
+    known = {*expected, *(("lm_head.weight",) if model.shape.tied else ())}
+    for name in files.handles:
+        if name not in known and not name.endswith(IGNORED):
+            raise UserError(f"{path} holds the tensor {name}, which a model of its config.json doesn't have.")
+
+
+def check(path: epath.Path, model: Model) -> None:
+    """Reads the headers alone. Errors: UserError naming the first tensor that is missing or doesn't fit."""
+    _check(model, _Files(path), path)
+
+
+def load(path: epath.Path, model: Model, place: Place | None = None) -> Params:
+    """The parameters of `model` from a folder, each leaf put where `place` says, in `param_dtype`.
+
+    Args:
+      place: gives the sharding of a leaf from its path and shape; None: the first device.
+    Errors: UserError naming the first tensor that is missing, unknown or of another shape.
+    """
+    files = _Files(path)
+    _check(model, files, path)
+    dtype = jnp.dtype(model.numerics.param_dtype)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    weights = {weight.ours: weight for weight in _weights(model)}
+
+    def leaf(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        ours = tuple(key.key for key in keys)
+        weight = weights[ours]
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            if not weight.stacked:
+                return weight.load(files.read(weight.theirs), model.shape)[index].astype(dtype)
+            layers = range(*index[0].indices(model.shape.layers))
+            read = (weight.load(files.read(weight.theirs.format(i=i)), model.shape) for i in layers)
+            return np.stack([one[index[1:]].astype(dtype) for one in read])
+
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if place is None else place(ours, shape)
+        return jax.make_array_from_callback(shape.shape, sharding, piece)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def read(path: str, numerics: Numerics = Numerics(), layout: Layout = Layout()) -> tuple[Model, Params]:
+    """A folder's model and its parameters on the first device: for notebooks and tests."""
+    where = folder(path)
+    model = describe(where, numerics, layout)
+    return model, load(where, model)
+
+
+def write(
+    path: str | epath.Path,
+    model: Model,
+    params: Params,
+    *,
+    fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config.json and safetensors (sharded with an index above `shard_bytes`) that transformers loads.
+
+    One file's tensors are in memory at a time. `fetch` brings a leaf, or a layer of it, to the host.
+    """
+    path = epath.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    leaves = _leaves(params)
+    kind = np.dtype(dtype or model.numerics.param_dtype)
+    expected = _expected(model)
+    files: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in expected.items():
+        size = int(np.prod(shape)) * kind.itemsize
+        if size > room and files[-1]:
+            files.append([])
+            room = shard_bytes
+        files[-1].append(name)
+        room -= size
+    tensors = {}
+    for weight in _weights(model):
+        leaf = leaves[weight.ours]
+        for i in range(model.shape.layers) if weight.stacked else (None,):
+            take = functools.partial(_tensor, weight, model, leaf, i, fetch, kind)
+            tensors[weight.theirs.format(i=i)] = take
+    total = len(files)
+    where = {}
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+        save_file({name: tensors[name]() for name in names}, os.fspath(path / file), metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if total > 1:
+        size = sum(int(np.prod(shape)) for shape in expected.values()) * kind.itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = json.loads(model.source) | {"dtype": kind.name}
+    config.pop("torch_dtype", None)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _tensor(
+    weight: Weight, model: Model, leaf: jax.Array, layer: int | None, fetch: Callable, kind: np.dtype
+) -> np.ndarray:
+    ours = fetch(leaf if layer is None else leaf[layer])
+    return np.ascontiguousarray(weight.save(ours, model.shape).astype(kind))
+
+
+def identity(path: epath.Path) -> str:
+    """A hash of config.json and of every weight byte, hex: the name of a checkpoint's contents."""
+    import hashlib
+
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [path / "config.json", *sorted(path.glob("*.safetensors"))]:
+        if not file.exists():
+            continue
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while part := stream.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()

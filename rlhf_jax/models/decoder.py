@@ -1,0 +1,208 @@
+"""One decoder for every family: pre-norm blocks of grouped attention and a gated MLP.
+
+The layers are one stacked tree (their leading axis is the layer) run by a scan, so that the program and its
+compile time do not grow with depth. `Model` is what the rest of the project sees: pure functions of
+(params, arrays), params a plain nested dict.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax.models import attention
+from rlhf_jax.models.rope import Rope, angles, rotate
+from rlhf_jax.ops.layout import Layout
+from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, token_logprobs
+
+Params = Any  # a nested dict of arrays
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a decoder is, apart from its numbers."""
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    groups: int  # key-value heads
+    head_dim: int
+    mlp_width: int
+    length: int  # the context, tokens
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    soft_cap: float | None = None  # of the final logits
+    spread: float = 0.02  # standard deviation of random weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """How it is computed: dtypes, attention back end, what the backward pass makes again."""
+
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+    attention: str = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    chunk: int = 1024  # tokens of one data shard whose logits are alive at a time
+
+
+REMAT = {
+    "none": lambda block: block,
+    "dots": lambda block: nn.remat(
+        block, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": lambda block: nn.remat(block, prevent_cse=False),
+}
+
+
+class _Module(nn.Module):
+    shape: Shape
+    numerics: Numerics
+    layout: Layout
+
+    def dense(self, name: str, features: int | tuple[int, ...], bias: bool, axis: Any = -1, deep: bool = False):
+        """A linear map; `deep` ones end a residual branch and start smaller, by 1 / sqrt(2 layers)."""
+        scale = self.shape.spread / (2 * self.shape.layers) ** 0.5 if deep else self.shape.spread
+        return nn.DenseGeneral(
+            features, axis=axis, use_bias=bias, name=name, kernel_init=nn.initializers.normal(scale),
+            dtype=self.numerics.compute_dtype, param_dtype=jnp.dtype(self.numerics.param_dtype),
+        )  # fmt: skip
+
+    def norm(self, name: str, x: Array) -> Array:
+        """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+        scale = self.param(name, nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.numerics.param_dtype))
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.shape.norm_eps)
+        dtype = jnp.dtype(self.numerics.compute_dtype)
+        return wide.astype(dtype) * scale.astype(dtype)[None, None]
+
+
+class Block(_Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); x [B, T, D]."""
+
+    @nn.compact
+    def __call__(self, x: Array, context: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        shape, layout = self.shape, self.layout
+        segments, sines, cosines = context
+        y = self.norm("attention_norm", x)
+        q = self.dense("query", (shape.heads, shape.head_dim), shape.qkv_bias)(y)
+        k = self.dense("key", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
+        v = self.dense("value", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
+        q, k = rotate(q, sines, cosines), rotate(k, sines, cosines)
+        q, k, v = (layout.constrain(part, "rows", None, "heads", None) for part in (q, k, v))
+        y = attention.BACKENDS[self.numerics.attention](q, k, v, segments, layout)
+        x = x + self.dense("out", shape.width, shape.out_bias, axis=(-2, -1), deep=True)(y)
+        y = self.norm("mlp_norm", x)
+        gate = self.dense("gate", shape.mlp_width, shape.mlp_bias)(y)
+        up = self.dense("up", shape.mlp_width, shape.mlp_bias)(y)
+        y = layout.constrain(ACTIVATIONS[shape.activation](gate) * up, "rows", None, "mlp")
+        x = x + self.dense("down", shape.width, shape.mlp_bias, deep=True)(y)
+        return layout.constrain(x, "rows", None, None), None
+
+
+class Decoder(_Module):
+    """Tokens to hidden states, after the final norm."""
+
+    @nn.compact
+    def __call__(self, tokens: Array, segments: Array, positions: Array) -> Array:
+        shape, numerics = self.shape, self.numerics
+        init = nn.initializers.normal(shape.spread)
+        dtype = jnp.dtype(numerics.param_dtype)
+        table = self.param("embedding", init, (shape.vocab, shape.width), dtype)
+        if not shape.tied:
+            self.param("head", init, (shape.vocab, shape.width), dtype)
+        x = jnp.take(table, tokens, axis=0).astype(numerics.compute_dtype)
+        x = self.layout.constrain(x, "rows", None, None)
+        sines, cosines = angles(shape.rope, shape.head_dim, positions)
+        stack = nn.scan(
+            REMAT[numerics.remat](Block), variable_axes={"params": 0}, split_rngs={"params": True},
+            in_axes=nn.broadcast, length=shape.layers,
+        )  # fmt: skip
+        layers = stack(shape, numerics, self.layout, name="layers")
+        x, _ = layers(x, (segments, sines, cosines))
+        return self.norm("final_norm", x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder as pure functions of its parameters. Hashable: a jitted function may close over it.
+
+    `source` is the JSON text of the Hugging Face config it was made from, so that it can be written back.
+    """
+
+    shape: Shape
+    numerics: Numerics = Numerics()
+    layout: Layout = Layout()
+    source: str = ""
+
+    @property
+    def _module(self) -> Decoder:
+        return Decoder(self.shape, self.numerics, self.layout)
+
+    def init(self, key: Array) -> Params:
+        """Random parameters; jit it with out_shardings to make each piece where it belongs."""
+        blank = jnp.zeros((1, 2), jnp.int32)
+        return self._module.init(key, blank, blank, blank)["params"]
+
+    def apply(self, params: Params, tokens: Array, segments: Array, positions: Array) -> Array:
+        """Hidden states [B, T, D] in the compute dtype, after the final norm.
+
+        Args:
+          tokens: [B, T] int, ids below `shape.vocab`.
+          segments: [B, T] int; a token sees only tokens of its own segment; 0 is padding.
+          positions: [B, T] int, from 0 within each segment.
+        """
+        return self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[return-value]
+
+    def head(self, params: Params) -> Head:
+        """The output head, in the compute dtype."""
+        kernel = params["embedding" if self.shape.tied else "head"]
+        return Head(kernel.astype(self.numerics.compute_dtype))
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """All logits, float32 [B, T, V]: for tests and single tokens; objectives use `logprobs`."""
+        logits = jnp.einsum("btd,vd->btv", hidden, self.head(params).kernel, preferred_element_type=jnp.float32)
+        return logits if self.shape.soft_cap is None else (
+            self.shape.soft_cap * jnp.tanh(logits / self.shape.soft_cap)
+        )  # fmt: skip
+
+    def token_stats(
+        self,
+        params: Params,
+        rows: dict[str, Array],
+        *,
+        temperature: float | Array = 1.0,
+        want: tuple[Stat, ...] = ("logprobs",),
+    ) -> TokenStats:
+        """What the model says of each masked token given those before it, float32 [B, T].
+
+        Entry t is about token t, read from the hidden state of t - 1; a segment's first token has no such
+        state and gives 0.
+
+        Args:
+          rows: tokens, segments, positions [B, T] int and mask [B, T] bool, True where asked.
+        """
+        hidden = self.apply(params, rows["tokens"], rows["segments"], rows["positions"])
+        ahead = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
+        same = (ahead(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
+        stats = token_logprobs(
+            hidden, self.head(params), ahead(rows["tokens"]), ahead(rows["mask"]) & same,
+            temperature=temperature, soft_cap=self.shape.soft_cap, want=want,
+            chunk=self.numerics.chunk, layout=self.layout,
+        )  # fmt: skip
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)

@@ -1,0 +1,142 @@
+"""The device mesh and where everything lies on it.
+
+There is no single-device path: a laptop is a mesh of 1 x 1 x 1. Rows are split over data and fsdp, weights
+over fsdp and tensor by the rules below, optimiser moments like the weights they belong to.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.ops.layout import AXES
+
+P = PartitionSpec
+Batch = dict[str, Any]  # arrays whose first axis is the row, maybe nested one level
+
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embedding|head", P("tensor", "fsdp")),
+    (r"layers/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
+    (r"layers/(query|key|value)/bias", P(None, "tensor", None)),
+    (r"layers/out/kernel", P(None, "tensor", None, "fsdp")),
+    (r"layers/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/(gate|up)/bias", P(None, "tensor")),
+    (r"layers/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/(out|down)/bias", P(None, None)),
+    (r"layers/(attention|mlp)_norm", P(None, None)),
+    (r"final_norm", P(None)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; one axis may be -1: all that are left."""
+
+    data: Annotated[int, "copies of the model, each with its own rows; -1: all devices that are left"] = -1
+    fsdp: Annotated[int, "pieces of each weight that also have their own rows"] = 1
+    tensor: Annotated[int, "pieces of each weight that share rows"] = 1
+
+
+def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over the first devices.
+
+    Errors: UserError if the devices are too few or an axis is neither positive nor the one -1.
+    """
+    devices = list(jax.devices()) if devices is None else devices
+    sizes = dataclasses.asdict(shape)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes} is not allowed: sizes are 1 or more and at most one axis is -1.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for name in free:
+        sizes[name] = max(1, len(devices) // fixed)
+    total = math.prod(sizes.values())
+    if total > len(devices) or (jax.process_count() > 1 and total != len(devices)):
+        raise UserError(
+            f"mesh {'x'.join(map(str, sizes.values()))} (data x fsdp x tensor) wants {total} devices, "
+            f"but there are {len(devices)}; change --config.mesh.data, .fsdp or .tensor."
+        )
+    types = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices[:total])
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """A tree path as names joined by slashes."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def rule(path: str) -> PartitionSpec:
+    """The partition of the parameter at `path`. Errors: KeyError naming a path no rule matches."""
+    for pattern, spec in RULES:
+        if re.fullmatch(pattern, path):
+            return spec
+    raise KeyError(f"no partition rule matches the parameter {path}; add one to sharding.RULES")
+
+
+def check_divides(model: Model, mesh: Mesh) -> None:
+    """Errors: UserError naming the first parameter and dimension that the mesh doesn't divide."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0))):
+        for size, axis in zip(leaf.shape, rule(path_of(keys)), strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh axis {axis}={mesh.shape[axis]} does not divide the {size} of {path_of(keys)} "
+                    f"{leaf.shape}; choose a --config.mesh.{axis} that does."
+                )
+
+
+def param_sharding(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
+    """Where the parameter with this path lies."""
+    return NamedSharding(mesh, rule("/".join(path)))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole train state, given as arrays or shapes.
+
+    A parameter goes by `RULES`; a leaf elsewhere whose path ends in a parameter's and that has its shape (an
+    optimiser's moment, a moving reference) goes with it; scalars and the small leftovers of factored moments
+    are on every device. Errors: KeyError naming a parameter that no rule matches.
+    """
+    params = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        parts = path_of(keys).split("/")
+        for start in range(len(parts)):
+            suffix = "/".join(parts[start:])
+            if suffix in params and params[suffix].shape == leaf.shape:
+                return NamedSharding(mesh, rule(suffix))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lies: its first axis over data and fsdp."""
+    return NamedSharding(mesh, P(AXES["rows"]))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """Which rows of a global batch this process feeds."""
+    indices = row_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    spans = [index[0].indices(batch_size) for index in indices.values() if index is not None]
+    return slice(min(span[0] for span in spans), max(span[1] for span in spans))
+
+
+def place_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """This process's rows of a batch, numpy, as global arrays on the mesh."""
+    sharding = row_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A global array on the host of every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

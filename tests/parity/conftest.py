@@ -1,0 +1,31 @@
+"""One checkpoint a case, made once."""
+
+import pathlib
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.parity.checkpoints import CASES, draw, load
+
+
+@pytest.fixture(scope="session", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    """The name of one of the checkpoints."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(case: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The checkpoint as transformers saves it, in several safetensors files."""
+    model = CASES[case].make()
+    draw(model)
+    path = tmp_path_factory.mktemp(case)
+    model.save_pretrained(path, max_shard_size="40KB")
+    assert (path / "model.safetensors.index.json").exists(), "the checkpoint must be in several files"
+    return path
+
+
+@pytest.fixture(scope="session")
+def theirs(folder: pathlib.Path) -> PreTrainedModel:
+    """The checkpoint as transformers loads it."""
+    return load(folder)

@@ -6,6 +6,7 @@ with its size and is written last: a kill at any moment leaves the one before.
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -67,14 +68,10 @@ class Checkpoints:
         return [path for path in self._steps() if not is_sealed(path)]
 
     def _seal(self) -> None:
-        """Orbax calls this when the files of the step being written are all in place."""
+        """Orbax calls this when the step's files are all written, before it gives their folder its name."""
         if jax.process_index() == 0:
-            folder = self._folder / str(self._writing)
-            files = {
-                str(path.relative_to(folder)): path.stat().length
-                for path in sorted(folder.glob("**/*"))
-                if path.is_file()
-            }
+            folder = next(path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._writing))
+            files = {str(path.relative_to(folder)): path.stat().length for path in _files(folder)}
             (folder / MANIFEST).write_text(json.dumps({"files": files}))
 
     def save(
@@ -119,6 +116,11 @@ class Checkpoints:
         """Waits until the last checkpoint is whole."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        yield from _files(path) if path.is_dir() else (path,)
 
 
 def is_sealed(folder: epath.Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax import flags
+from rlhf_jax import fields, flags, registry
 from rlhf_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def bare(pair: Any, *, scale: int) -> Any: ...
 LOSSES = {"dpo": dpo, "ipo": ipo, "bare": bare}
 
 
-@flags.generated(LOSSES)
+@registry.generated(LOSSES)
 class Loss:
     """Which loss, and what it reads. More text."""
 
@@ -167,7 +167,7 @@ def test_every_type_of_leaf_is_read(file, flag, section, value):
     read = getattr(node, flag.partition("=")[0].rpartition(".")[2])
     assert read == value and type(read) is type(value)
     name = flag.partition("=")[0]
-    changed = [line.partition(":")[0] for line in flags.diff(config, parse(f"--config={file}").config)]
+    changed = [line.partition(":")[0] for line in fields.diff(config, parse(f"--config={file}").config)]
     assert changed in ([name], [])
 
 
@@ -293,11 +293,12 @@ def test_help_lists_every_field_with_its_default_type_and_meaning(file, capsys):
         parse(f"--config={file}:tiny", "--help")
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    for leaf in flags.leaves(parse(f"--config={file}:tiny").config, "config"):
-        assert f"--{leaf.path}={flags.text(leaf.value)}  [{leaf.kind.allowed}]" in shown
+    for leaf in fields.leaves(parse(f"--config={file}:tiny").config, "config"):
+        assert f"--{leaf.path}={fields.text(leaf.value)}  [{leaf.kind.allowed}]" in shown
         assert leaf.meaning in shown
     for line in (
         "Trains a policy.",
+        f"  --config={file}:tiny  [a string]",
         "  --workdir=none  [a string, or none]\n      where the run writes",
         "  --config.train.steps=20  [an int]\n      optimiser updates",
         "read by dpo (0.1), ipo (0.1)",
@@ -308,18 +309,22 @@ def test_help_lists_every_field_with_its_default_type_and_meaning(file, capsys):
         assert line in shown
     with pytest.raises(SystemExit):
         parse("-h")
-    assert "--workdir" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--workdir" in shown and "  --config  (required)" in shown
+    with pytest.raises(SystemExit):
+        parse("--help", program=Defaulted)
+    assert "--config=none" in (shown := capsys.readouterr().out) and "--config.seed=7" in shown
 
 
 def test_every_value_that_help_shows_can_be_typed(file):
     config = parse(f"--config={file}").config
-    typed = [f"--{leaf.path}={flags.text(leaf.value)}" for leaf in flags.leaves(config, "config")]
+    typed = [f"--{leaf.path}={fields.text(leaf.value)}" for leaf in fields.leaves(config, "config")]
     assert parse("--config.seed=99", *typed, program=Defaulted).config == config
 
 
 def test_a_loss_is_found_by_name_or_from_outside():
-    assert flags.resolve(LOSSES, "ipo", "loss") is ipo
-    assert flags.resolve(LOSSES, "math:sqrt", "loss") is math.sqrt
+    assert registry.resolve(LOSSES, "ipo", "loss") is ipo
+    assert registry.resolve(LOSSES, "math:sqrt", "loss") is math.sqrt
     for name, message in {
         "ipp": "there is no loss 'ipp'; the nearest is 'ipo'. Choose one of dpo, ipo, bare, or "
         "my_pkg.module:function from outside.",
@@ -329,7 +334,7 @@ def test_a_loss_is_found_by_name_or_from_outside():
         "math:": "there is no loss 'math:'; the nearest is",
     }.items():
         with pytest.raises(UserError) as caught:
-            flags.resolve(LOSSES, name, "loss")
+            registry.resolve(LOSSES, name, "loss")
         assert str(caught.value).startswith(message)
 
 
@@ -337,28 +342,28 @@ def test_a_fault_inside_an_outside_module_is_not_hidden(tmp_path, monkeypatch):
     (tmp_path / "outside_losses.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        flags.resolve(LOSSES, "outside_losses:mine", "loss")
+        registry.resolve(LOSSES, "outside_losses:mine", "loss")
 
 
 def test_arguments_are_the_defaults_and_then_the_fields_set():
-    assert flags.arguments("loss", dpo, Loss()) == {"beta": 0.1, "label_smoothing": 0.0}
-    assert flags.arguments("loss", ipo, Loss(name="ipo", beta=0.3, length_normalised=False)) == {
+    assert registry.arguments("loss", dpo, Loss()) == {"beta": 0.1, "label_smoothing": 0.0}
+    assert registry.arguments("loss", ipo, Loss(name="ipo", beta=0.3, length_normalised=False)) == {
         "beta": 0.3,
         "length_normalised": False,
         "form": "a",
     }
-    assert flags.arguments("loss", bare, Loss(name="bare", scale=0)) == {"scale": 0}
+    assert registry.arguments("loss", bare, Loss(name="bare", scale=0)) == {"scale": 0}
 
 
 def test_a_hyper_parameter_that_the_loss_does_not_read_is_refused():
     with pytest.raises(UserError) as caught:
-        flags.arguments("loss", ipo, Loss(name="ipo", label_smoothing=0.1))
+        registry.arguments("loss", ipo, Loss(name="ipo", label_smoothing=0.1))
     assert str(caught.value) == (
         "loss 'ipo' would ignore label_smoothing; it takes beta, length_normalised, form. "
         "Drop --config.loss.label_smoothing or choose another --config.loss.name."
     )
     with pytest.raises(UserError, match=r"^loss 'bare' needs scale; pass --config.loss.scale.$"):
-        flags.arguments("loss", bare, Loss(name="bare"))
+        registry.arguments("loss", bare, Loss(name="bare"))
 
 
 def test_a_registry_that_no_config_can_describe_is_an_error_at_import():
@@ -367,24 +372,24 @@ def test_a_registry_that_no_config_can_describe_is_an_error_at_import():
     def unflagged(pair: Any, *, beta: Any = 1) -> Any: ...
 
     with pytest.raises(TypeError, match="beta is .*int.* in other, but .*float.* in dpo"):
-        flags.generated({"dpo": dpo, "other": other})
+        registry.generated({"dpo": dpo, "other": other})
     for function in (untyped, unflagged):
         with pytest.raises(TypeError, match="beta of mine"):
-            flags.generated({"mine": function})
+            registry.generated({"mine": function})
     with pytest.raises(TypeError, match="must default to one of dpo"):
-        flags.generated({"dpo": dpo})(type("Loss", (), {"name": "ipo"}))
+        registry.generated({"dpo": dpo})(type("Loss", (), {"name": "ipo"}))
 
 
 def test_a_generated_section_may_have_fields_of_its_own():
     def adamw(rate: float, *, b1: float = 0.9) -> Any: ...
 
-    @flags.generated({"adamw": adamw})
+    @registry.generated({"adamw": adamw})
     class Optimizer:
         name: str = "adamw"
         rate: Annotated[float, "per update"] = 1e-3
 
-    assert flags.arguments("optimizer", adamw, Optimizer(rate=1.0)) == {"b1": 0.9}
-    assert [leaf.path for leaf in flags.leaves(Optimizer())] == ["name", "rate", "b1"]
+    assert registry.arguments("optimizer", adamw, Optimizer(rate=1.0)) == {"b1": 0.9}
+    assert [leaf.path for leaf in fields.leaves(Optimizer())] == ["name", "rate", "b1"]
 
 
 finite = st.floats(allow_nan=False)
@@ -416,26 +421,27 @@ configs = st.builds(
 @settings(deadline=None)
 @given(configs)
 def test_a_config_survives_json(config):
-    saved = json.loads(json.dumps(flags.to_dict(config)))
-    again = flags.from_dict(Config, saved)
-    assert again == config and flags.diff(config, again) == []
-    assert flags.to_dict(again) == saved
+    saved = json.loads(json.dumps(fields.to_dict(config)))
+    again = fields.from_dict(Config, saved)
+    assert again == config and fields.diff(config, again) == []
+    assert fields.to_dict(again) == saved
 
 
 @settings(deadline=None)
 @given(configs, configs)
 def test_diff_is_empty_only_for_equals(a, b):
-    assert (flags.diff(a, b) == []) == (a == b)
-    assert len(flags.diff(a, b)) == len(flags.diff(b, a))
+    assert (fields.diff(a, b) == []) == (a == b)
+    assert len(fields.diff(a, b)) == len(fields.diff(b, a))
 
 
 def test_diff_names_the_field_and_both_values():
     changed = Config(seed=1, data=Data(path=("a", "b"), length=None))
-    assert flags.diff(Config(), changed) == ["seed: 0 -> 1", "data.path:  -> a,b", "data.length: 256 -> none"]
+    lines = ["seed: 0 -> 1", "data.path:  -> a,b", "data.length: 256 -> none"]
+    assert fields.diff(Config(), changed) == lines
 
 
 def test_from_dict_refuses_what_it_does_not_know_and_keeps_the_defaults_of_what_is_absent():
-    assert flags.from_dict(Config, {"train": {"steps": 3}}) == Config(train=Train(steps=3))
+    assert fields.from_dict(Config, {"train": {"steps": 3}}) == Config(train=Train(steps=3))
     for values, message in (
         ({"train": {"step": 3}}, "there is no field train.step; the nearest is train.steps."),
         ({"train": 3}, "train is 3, but it is a section with fields."),
@@ -448,10 +454,10 @@ def test_from_dict_refuses_what_it_does_not_know_and_keeps_the_defaults_of_what_
         ({"data": {"too_long": "x"}}, "data.too_long is 'x', but it takes one of cut_prompt, refuse, stop."),
     ):
         with pytest.raises(UserError) as caught:
-            flags.from_dict(Config, values, "config.json: ")
+            fields.from_dict(Config, values, "config.json: ")
         assert str(caught.value) == f"config.json: {message}"
     with pytest.raises(UserError, match="the field out is missing"):
-        flags.from_dict(Alone, {})
+        fields.from_dict(Alone, {})
 
 
 def test_a_leaf_of_a_type_without_a_flag_is_a_fault_of_the_program():

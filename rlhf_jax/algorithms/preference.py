@@ -112,7 +112,7 @@ def make_prepare(model: Model, reads: str, reference: Any) -> Callable[[TrainSta
         moved = ratio(jnp.sum(jnp.where(weight[:, None] > 0, policy - fixed, 0) * weight[:, None]), count)
         return jnp.full_like(weight, jnp.maximum(moved, 0))
 
-    measure = jax.jit(baseline)
+    measure = jax.jit(baseline, out_shardings=model.layout.sharding("rows"))
 
     def labelled(state: TrainState, rows: Batch) -> Iterator[Batch]:
         kept = {name: column for name, column in rows.items() if name != "mismatched"}

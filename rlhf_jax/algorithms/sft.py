@@ -14,7 +14,7 @@ LOSSES: Mapping[str, Callable[..., Array]] = SUPERVISED
 READS = {Tokens: "demonstration"}  # what a loss takes decides what a row is
 
 
-def make_objective(model: Model, loss: Callable[..., Array], options: Mapping[str, Any]) -> Objective:
+def make_objective(model: Model, loss: Callable[..., Array], reads: str, options: Mapping[str, Any]) -> Objective:
     """The mean loss over trained tokens of the global batch.
 
     Args:
@@ -35,7 +35,7 @@ def make_objective(model: Model, loss: Callable[..., Array], options: Mapping[st
     return objective
 
 
-def make_prepare(model: Model, loss: Callable[..., Array], reference: Any) -> Callable:
+def make_prepare(model: Model, reads: str, reference: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
     """Demonstrations need nothing frozen: the rows are the batch."""
 
     def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:

@@ -147,7 +147,7 @@ def make_step(
       reduce_dtype: of summed gradients.
       advance: the next `carry` from (carry, batch, metrics); None leaves it.
     Returns: metrics are float32 scalars: loss and the objective's means at the parameters before the update,
-      grad_norm before clipping, learning_rate of this update.
+      grad_norm before clipping, learning_rate of this update; and tokens, int32, those that are not padding.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -165,6 +165,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {name: ratio(*mean) for name, mean in means.items()}
         metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": numbers["learning_rate"]}
+        metrics["tokens"] = jnp.sum(batch["segments"] > 0)
         carry = state.carry if advance is None else advance(state.carry, batch, metrics)
         return dataclasses.replace(
             state, params=params, opt_state=opt_state, step=state.step + 1, carry=carry

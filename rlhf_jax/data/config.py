@@ -31,21 +31,15 @@ class Data:
     ] = ()
     format: Annotated[FormatName, "the columns of the rows; auto finds out from the first rows"] = "auto"
     split: Annotated[str, "split of a Hub data set that is read"] = "train"
-    eval_path: Annotated[
-        tuple[str, ...], "held-out files, folders or Hub names; their prompts are not trained"
-    ] = ()
-    eval_share: Annotated[
-        float, "share of prompts held out of path when eval_path is empty, 0 to below 1"
-    ] = 0.05
+    eval_path: Annotated[tuple[str, ...], "held-out files, folders or Hub names; their prompts are not trained"] = ()
+    eval_share: Annotated[float, "share of prompts held out of path when eval_path is empty, 0 to below 1"] = 0.05
     length: Annotated[int | None, "most tokens a row may have; none: the context of the model"] = None
     too_long: Annotated[
         Literal["cut_prompt", "refuse", "stop"],
         "rows over the length: cut the oldest prompt tokens, leave the row out, or stop the run",
     ] = "cut_prompt"
     max_refused: Annotated[float, "largest share of unusable rows that a run accepts, 0 to 1"] = 0.05
-    chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizer's chat template"] = (
-        None
-    )
+    chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizer's chat template"] = None
     buckets: Annotated[
         tuple[int, ...], "row lengths batches are padded to; empty: powers of two from 64, and length"
     ] = ()

@@ -147,9 +147,9 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
     refused = tuple(notes.refused.items())
     if len(refused) > config.max_refused * notes.read:
         raise UserError(
-            f"{len(refused)} of {notes.read} rows can't be used, more than data.max_refused={config.max_refused} "
-            f"allows; the first is {refused[0][0]}: {refused[0][1]}; mend the rows or raise "
-            "--config.data.max_refused"
+            f"{len(refused)} of {notes.read} rows can't be used, more than "
+            f"data.max_refused={config.max_refused} allows; the first is {refused[0][0]}: {refused[0][1]}; "
+            "mend the rows or raise --config.data.max_refused"
         )
     train, evaluation, shared = _split(kept, config, seed)
     cut, too_long = tuple(notes.cut), tuple(notes.too_long)
@@ -163,9 +163,7 @@ def _check(config: Data, length: int) -> None:
     if not config.path:
         raise UserError("no data to train on; give --config.data.path=FILE")
     if config.weights and len(config.weights) != len(config.path):
-        raise UserError(
-            f"data.weights has {len(config.weights)} numbers for {len(config.path)} paths; give one for each path"
-        )
+        raise UserError(f"data.weights has {len(config.weights)} numbers for {len(config.path)} paths; give one each")
     if any(not 0 < w < float("inf") for w in config.weights):
         raise UserError(f"data.weights={config.weights} must be above 0; leave out a path that is not wanted")
     if not 0 <= config.eval_share < 1:
@@ -173,9 +171,7 @@ def _check(config: Data, length: int) -> None:
     if not 0 <= config.max_refused <= 1:
         raise UserError(f"data.max_refused={config.max_refused} must be from 0 to 1")
     if length < 2:
-        raise UserError(
-            f"data.length={length} must be at least 2: one token of a prompt and one of an answer"
-        )
+        raise UserError(f"data.length={length} must be at least 2: one token of a prompt and one of an answer")
 
 
 def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
@@ -247,8 +243,8 @@ def _encoded(
         longest = max(map(len, completions))
         if longest > length and policy == "stop":
             raise UserError(
-                f"{item.where} has {longest} tokens and the length is {length}; raise --config.data.length or "
-                "choose --config.data.too_long=cut_prompt or refuse"
+                f"{item.where} has {longest} tokens and the length is {length}; "
+                "raise --config.data.length or choose --config.data.too_long=cut_prompt or refuse"
             )
         fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
         if fitted is None:
@@ -306,3 +302,19 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
             for tokens in example.completions:
                 digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
     return digest.hexdigest()
+
+
+def paired(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Single answers that came from pairs, as pairs again (chosen first); anything else as it is.
+
+    Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
+    """
+    rows = list(zip(examples[::2], examples[1::2], strict=False))
+    from_pairs = len(examples) % 2 == 0 and all(
+        a.where == b.where and a.labels == (True,) and b.labels == (False,) for a, b in rows
+    )
+    if not from_pairs:
+        return tuple(examples)
+    return tuple(
+        dataclasses.replace(a, completions=a.completions + b.completions, labels=(True, False)) for a, b in rows
+    )

@@ -76,9 +76,7 @@ def detect(records: Sequence[Columns], where: str) -> str:
         if name == "hh" and not any(_is_transcript(r) for r in records):
             continue
         return name
-    raise UserError(
-        f"{where} has the columns {_listed(found)}, which no format reads; allowed are {_allowed()}"
-    )
+    raise UserError(f"{where} has the columns {_listed(found)}, which no format reads; allowed are {_allowed()}")
 
 
 def check(name: str, records: Sequence[Columns], where: str) -> None:

@@ -75,9 +75,7 @@ class Loader:
         if batch_size < 1:
             raise UserError(f"train.batch_size={batch_size} must be at least 1")
         if not examples:
-            raise UserError(
-                "there are no rows to load; check --config.data.path and --config.data.eval_share"
-            )
+            raise UserError("there are no rows to load; check --config.data.path and --config.data.eval_share")
         self.examples, self.batch_size, self.pad_id = tuple(examples), batch_size, pad_id
         self.length, self.lengths = length, bucket_lengths(length, buckets)
         self._mismatched = mismatched
@@ -212,9 +210,7 @@ def once(
         yield loader._build(range(start, min(start + batch_size, len(examples))), rows, batch_size)
 
 
-def _order(
-    examples: Sequence[Example], seed: int, weights: Sequence[float], shuffle: bool
-) -> grain.MapDataset[int]:
+def _order(examples: Sequence[Example], seed: int, weights: Sequence[float], shuffle: bool) -> grain.MapDataset[int]:
     """Endless map from a global position to a place in `examples`."""
     groups: dict[int, list[int]] = {}
     for place, example in enumerate(examples):

@@ -114,7 +114,7 @@ def _lines(file: epath.Path) -> Iterator[Record | Refused]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield _parse(line, f"{file}:{number}")
+                    yield _parse(line.rstrip(), f"{file}:{number}")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file} is a broken gzip file ({error}); get it again") from error
 

@@ -184,10 +184,8 @@ class Encoder:
                 plans.append(self._plan(prompt, completion, render))
             except Refusal as refusal:
                 plans.append(refusal)
-        texts = {
-            text for p in plans if isinstance(p, _Plan) for text in (p.full, *(t for s in p.spans for t in s))
-        }
-        ids = _batch(self._start, sorted(texts))
+        texts = [t for p in plans if isinstance(p, _Plan) for t in (p.full, *itertools.chain(*p.spans))]
+        ids = _batch(self._start, texts)
         return [p if isinstance(p, Refusal) else self._planned(p, ids) for p in plans]
 
     def _plan(self, prompt: Text, completion: Text, render: Callable[[Conversation, bool], str]) -> _Plan:
@@ -225,8 +223,8 @@ class Encoder:
                 if same < len(prefix):
                     other = self._tokenizer.decode(prefix[same : same + 8])
                     return Refusal(
-                        f"the chat template renders {what} differently when more follows, from token {same} on "
-                        f"({other!r} alone)"
+                        f"the chat template renders {what} differently when more follows it, "
+                        f"from token {same} on ({other!r} alone)"
                     )
         if self.bos_id is not None and full[:2] == [self.bos_id] * 2:
             return Refusal("the chat template writes the beginning token twice")
@@ -255,9 +253,9 @@ def _continuing(state: Any) -> Any:
     """A tokenizer.json told that its text does not stand at the beginning.
 
     SentencePiece-like tokenizers put a space before the text: as a `Prepend` normalizer, as `Metaspace` with
-    a prepend scheme, or as `add_prefix_space` of a byte-level one. On a completion tokenised apart it would be
-    a space that no one wrote: "Assistant:" + "Yes" would be trained as "Assistant: Yes". Only what runs before
-    the vocabulary is changed; the decoder is not used.
+    a prepend scheme, or as `add_prefix_space` of a byte-level one. On a completion tokenised apart it would
+    be a space that no one wrote: "Assistant:" + "Yes" would be trained as "Assistant: Yes". Only what runs
+    before the vocabulary is changed; the decoder is not used.
     """
     return {
         **state,

@@ -4,16 +4,14 @@ Only the header of each file is read before everything is known to fit; then eac
 is read from the files by itself, so neither a device nor the host ever holds the whole model.
 """
 
-import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from safetensors import safe_open

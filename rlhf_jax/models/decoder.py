@@ -7,7 +7,7 @@ compile time do not grow with depth. `Model` is what the rest of the project see
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, token_logprobs
 
 Params = Any  # a nested dict of arrays
+Dtype = Literal["float32", "bfloat16"]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -54,11 +55,17 @@ class Shape:
 class Numerics:
     """How it is computed: dtypes, attention back end, what the backward pass makes again."""
 
-    param_dtype: str = "float32"
-    compute_dtype: str = "float32"
-    attention: str = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    chunk: int = 1024  # tokens of one data shard whose logits are alive at a time
+    param_dtype: Annotated[Dtype, "of weights and optimiser moments"] = "float32"
+    compute_dtype: Annotated[Dtype, "of activations and matrix products, which accumulate in float32"] = "float32"
+    attention: Annotated[
+        Literal["auto", "dense", "blocked", "splash"],
+        "auto: splash on TPUs, elsewhere blocked above 128 tokens and dense below",
+    ] = "auto"
+    remat: Annotated[
+        Literal["none", "dots", "full"],
+        "what the backward pass makes again: nothing, all but matrix products, or each whole layer",
+    ] = "none"
+    chunk: Annotated[int, "tokens of one data shard whose logits are alive at a time"] = 1024
 
 
 REMAT = {

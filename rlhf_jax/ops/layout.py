@@ -29,6 +29,10 @@ class Layout:
         """The partition of an array whose dimensions have these logical names."""
         return PartitionSpec(*(AXES[axis] for axis in axes))
 
+    def sharding(self, *axes: str | None) -> NamedSharding | None:
+        """Where such an array lies; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(*axes))
+
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins `x` to its place on the mesh; a hint to the partitioner that changes no value."""
         if self.mesh is None:

@@ -5,6 +5,8 @@ and so blind to positions. Here every weight, bias and norm is random, scores ha
 about 3, and each checkpoint is saved in several files.
 """
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -24,13 +26,13 @@ VOCAB = 97
 LENGTH = 128
 SCORES = 3.0  # standard deviation of the attention scores
 
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=2, max_position_embeddings=LENGTH, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 # The norm's epsilon is large enough to be seen in the logits.
-LLAMA = SIZES | dict(tie_word_embeddings=False, rms_norm_eps=0.05)
-QWEN2 = SIZES | dict(tie_word_embeddings=True, rms_norm_eps=0.05)
+LLAMA: dict[str, Any] = SIZES | dict(tie_word_embeddings=False, rms_norm_eps=0.05)
+QWEN2: dict[str, Any] = SIZES | dict(tie_word_embeddings=True, rms_norm_eps=0.05)
 
 
 def _rope(kind: str, **fields: float) -> dict[str, Any]:

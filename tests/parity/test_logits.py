@@ -1,5 +1,7 @@
 """Our logits on Hugging Face checkpoints are torch's, and an exported checkpoint is one that torch reads."""
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 import functools
 import json
@@ -90,7 +92,7 @@ def test_logits_agree_in_packed_rows(ours: Pair, theirs: PreTrainedModel) -> Non
 def test_an_exported_folder_loads_with_the_same_logits(
     ours: Pair, theirs: PreTrainedModel, tmp_path: pathlib.Path
 ) -> None:
-    hf.write(tmp_path, *ours, shard_bytes=40_000)
+    hf.write(str(tmp_path), *ours, shard_bytes=40_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     back = load(tmp_path)
     assert back.config.architectures == theirs.config.architectures
@@ -102,9 +104,9 @@ def test_an_exported_folder_loads_with_the_same_logits(
 
 def test_a_bfloat16_checkpoint_is_read_exactly(theirs: PreTrainedModel, tmp_path: pathlib.Path) -> None:
     """Most published weights are bfloat16, which numpy does not know."""
-    half = type(theirs)(theirs.config)
+    half: Any = type(theirs)(theirs.config)
     half.load_state_dict(theirs.state_dict())
-    half.to(torch.bfloat16).save_pretrained(tmp_path)
+    half.to(dtype=torch.bfloat16).save_pretrained(tmp_path)
     tokens = _tokens(1, 40)
     _agree(_whole_rows(hf.read(str(tmp_path)), tokens), _torch_logits(load(tmp_path), tokens))
 

@@ -1,0 +1,1 @@
+"""The programs: each a thin main over the library."""

@@ -1,0 +1,164 @@
+"""An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
+
+import dataclasses
+import inspect
+import os
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from rlhf_jax import registry, sharding
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
+from rlhf_jax.algorithms.step import Batch, Objective, Optimizer
+from rlhf_jax.config import Config
+from rlhf_jax.data import dataset
+from rlhf_jax.data.loader import Loader, once
+from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses import LOSSES
+from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models.decoder import Model, Numerics
+from rlhf_jax.ops.layout import Layout
+
+
+class Built(NamedTuple):
+    """An experiment that was checked and is ready to compile."""
+
+    config: Config
+    workdir: epath.Path
+    mesh: Mesh
+    model: Model
+    folder: epath.Path  # of the initial checkpoint
+    tokenizer: Any
+    data: dataset.Dataset
+    held_out: tuple[dataset.Example, ...]
+    loader: Loader
+    reads: str  # what a row is
+    objective: Objective
+    optimizer: Optimizer
+    hyper: dict[str, Any]
+    steps: int
+
+    def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool) -> Iterator[Batch]:
+        """Every example once, in batches of the training size, this process's rows."""
+        size = self.config.train.batch_size
+        return once(
+            examples, batch_size=size, length=self.loader.length, buckets=self.config.data.buckets,
+            mismatched=mismatched, rows=sharding.local_rows(self.mesh, size),
+        )  # fmt: skip
+
+
+def _loss(config: Config) -> tuple[Callable, str, dict[str, Any], dict[str, Any]]:
+    """The loss, what it reads, its numbers and its other arguments."""
+    algorithm = ALGORITHMS[config.algorithm]
+    loss = registry.resolve(LOSSES, config.loss.name, "loss")
+    first = next(iter(inspect.signature(loss).parameters))
+    columns = typing.get_type_hints(loss).get(first)
+    if columns not in algorithm.READS:
+        home = [name for name, module in ALGORITHMS.items() if columns in module.READS]
+        hint = f"use --config.algorithm={home[0]}" if home else f"its first argument {first} must be annotated"
+        raise UserError(
+            f"algorithm {config.algorithm!r} can't run the loss {config.loss.name!r}; it runs "
+            f"{', '.join(algorithm.LOSSES)}; {hint}."
+        )
+    values = registry.arguments("loss", loss, config.loss)
+    numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    options = {name: v for name, v in values.items() if name not in numbers}
+    if config.algorithm == "preference" and "beta" not in numbers:
+        raise UserError(f"the preference loss {config.loss.name!r} must take beta: the rewards are scaled by it.")
+    return loss, algorithm.READS[columns], numbers, options
+
+
+def _optimizer(config: Config, steps: int) -> tuple[Optimizer, dict[str, float]]:
+    section = config.optimizer
+    make = registry.resolve(OPTIMIZERS, section.name, "optimizer")
+    numbers = registry.arguments("optimizer", make, section)
+    clip = float("inf") if section.clip_norm is None else section.clip_norm
+    numbers |= {"learning_rate": section.learning_rate, "clip_norm": clip}
+    schedule = make_schedule(section.schedule, steps, section.warmup, section.decay)
+    return Optimizer(make, schedule), numbers
+
+
+def _check_numbers(config: Config, shards: int) -> None:
+    train = config.train
+    for name, value, least in (
+        ("train.batch_size", train.batch_size, 1),
+        ("train.microbatches", train.microbatches, 1),
+        ("train.steps", 1 if train.steps is None else train.steps, 1),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("evaluate.every", config.evaluate.every, 0),
+        ("optimizer.warmup", config.optimizer.warmup, 0),
+        ("optimizer.learning_rate", config.optimizer.learning_rate, 0),
+    ):
+        if value < least:
+            raise UserError(f"--config.{name}={value} is not allowed; it must be at least {least}.")
+    if train.batch_size % (shards * train.microbatches):
+        raise UserError(
+            f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "
+            f"{shards} row shards (mesh data x fsdp); make it a multiple of {shards * train.microbatches}."
+        )
+
+
+def load_tokenizer(folder: epath.Path) -> Any:
+    """The tokenizer of a model folder. Errors: UserError where there is none."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{folder} holds no tokenizer that transformers can read ({reason}); "
+            "give one with --config.model.tokenizer=FOLDER."
+        ) from error
+
+
+def build(config: Config, workdir: epath.Path) -> Built:
+    """Reads and checks everything that a run needs, and compiles nothing.
+
+    Errors: UserError for whatever the user can mend.
+    """
+    loss, reads, numbers, options = _loss(config)
+    if config.model.path is None:
+        raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
+    numerics = Numerics(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(Numerics)})
+    mesh = sharding.make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    _check_numbers(config, shards)
+    folder = hf.folder(config.model.path)
+    model = hf.describe(folder, numerics, Layout(mesh))
+    if config.model.init == "checkpoint":
+        hf.check(folder, model)
+    sharding.check_divides(model, mesh)
+    length = config.data.length or model.shape.length
+    if length > model.shape.length:
+        raise UserError(
+            f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
+        )
+    tokenizer = load_tokenizer(hf.folder(config.model.tokenizer) if config.model.tokenizer else folder)
+    encoder = Encoder(tokenizer, config.data.chat_template)
+    data = dataset.load(config.data, encoder, typing.cast(Any, reads), length, config.seed)
+    largest = max(int(c.ids.max()) for e in (*data.train, *data.evaluation) for c in e.completions)
+    if largest >= model.shape.vocab:
+        raise UserError(
+            f"the tokenizer gives token {largest}, but the model's vocabulary ends at {model.shape.vocab - 1}; "
+            "check --config.model.tokenizer."
+        )
+    loader = Loader(
+        data.train, batch_size=config.train.batch_size, seed=config.seed, length=length,
+        buckets=config.data.buckets, weights=config.data.weights, mismatched=reads == "labelled",
+    )  # fmt: skip
+    steps = config.train.steps or -(-len(data.train) // config.train.batch_size)
+    optimizer, rates = _optimizer(config, steps)
+    objective = ALGORITHMS[config.algorithm].make_objective(model, loss, reads, options)
+    held_out = dataset.paired(data.evaluation)[: config.evaluate.rows]
+    return Built(
+        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective, optimizer,
+        {"loss": numbers, "optimizer": rates}, steps,
+    )  # fmt: skip

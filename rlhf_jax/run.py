@@ -1,0 +1,341 @@
+"""One experiment: built, checked, then run.
+
+`train` is all that `python -m experiments.train` does. Everything that can be refused is refused in `build`,
+before anything is compiled.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import fields, sharding
+from rlhf_jax.algorithms import ALGORITHMS, preference
+from rlhf_jax.algorithms.step import INIT, Batch, TrainState, make_state, make_step
+from rlhf_jax.build import Built, build
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
+from rlhf_jax.data import dataset
+from rlhf_jax.data.columns import Columns
+from rlhf_jax.errors import UserError
+from rlhf_jax.metrics import Log, wilson
+from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models.decoder import Model
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs on disk, so that the next run of the same shapes starts at once."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/rlhf_jax/xla"))
+
+
+class Result(NamedTuple):
+    """What a finished run leaves: its state, and the last lines of metrics.jsonl and eval.jsonl."""
+
+    state: TrainState | None
+    model: Model
+    metrics: dict[str, float]
+    evaluation: dict[str, float]
+
+
+
+# ---- the folder of a run
+
+
+def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | None:
+    """Checks that the folder may be written to, and gives the step to resume from, or None for a new run.
+
+    Errors: UserError for a folder that can't be written, one that holds a run when `resume` is False, and a
+    resumption under a config that makes it another experiment.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"workdir {str(workdir)!r} can't be written to ({reason}); give another --workdir.") from error
+    used = (workdir / "config.json").exists()
+    if used and not resume:
+        raise UserError(
+            f"workdir {str(workdir)!r} already holds a run; continue it with --resume or give another --workdir."
+        )
+    step = Checkpoints(workdir / "checkpoints", config.checkpoint).latest() if used else None
+    if step is None:
+        return None
+    before = load_config(workdir)
+    changed = [line for line in fields.diff(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
+    if changed:
+        raise UserError(
+            f"workdir {str(workdir)!r} holds another experiment ({'; '.join(changed)}); "
+            "resume with its own config or give another --workdir."
+        )
+    return step
+
+
+def load_config(workdir: epath.Path) -> Config:
+    """The config that a run was started with. Errors: UserError if the folder holds no run."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{str(workdir)!r} holds no run (there is no config.json); give the --workdir of one.")
+    return fields.from_dict(Config, json.loads(file.read_text()), f"{file}: ")
+
+
+# ---- parameters and the state
+
+
+def initial_params(built: Built) -> Any:
+    """The parameters that training starts from, each leaf made or read where it lies on the mesh."""
+    shapes = jax.eval_shape(built.model.init, jax.random.key(0))
+    places = jax.tree_util.tree_map_with_path(
+        lambda keys, _: NamedSharding(built.mesh, sharding.rule(sharding.path_of(keys))), shapes
+    )
+    if built.config.model.init == "random":
+        key = jax.random.fold_in(jax.random.key(built.config.seed), INIT)
+        return jax.jit(built.model.init, out_shardings=places)(key)
+    return hf.load(built.folder, built.model, lambda path, _: sharding.param_sharding(built.mesh, path))
+
+
+def state_shapes(built: Built) -> TrainState:
+    """The state's shapes, each with its sharding."""
+    params = jax.eval_shape(built.model.init, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    shapes = jax.eval_shape(lambda p, k: make_state(p, built.hyper, built.optimizer, k), params, key)
+    places = sharding.state_shardings(shapes, built.mesh)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, shapes, places)
+
+
+# ---- the fixed reference
+
+
+def _reference_identity(built: Built) -> str:
+    """Names the initial model and how it is computed."""
+    model = built.config.model
+    start = hf.identity(built.folder)
+    if model.init == "random":
+        start += f"-random{built.config.seed}"
+    return f"{start}-{model.param_dtype}-{model.compute_dtype}"
+
+
+def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's log-probabilities of the training rows from batch `first` on, and of the held-out rows.
+
+    What an earlier run on the same reference and rows has left in the cache is not computed again.
+
+    Args:
+      params: gives the reference's parameters; called only if something is missing.
+    Returns: tables by example index, see `Columns.table`.
+    """
+    loader = built.loader
+    span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
+    visited = [loader.examples[place] for place in sorted({loader.order(p) for p in span})]
+    columns = Columns(os.path.expanduser(built.config.cache), _reference_identity(built))
+    everywhere = NamedSharding(built.mesh, PartitionSpec())
+    run = jax.jit(preference.make_reference_pass(built.model), out_shardings=everywhere)
+
+    def compute(examples: Sequence[dataset.Example]) -> np.ndarray:
+        print(f"reference: computing {len(examples)} rows", flush=True)
+        fixed = params()
+        order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].completions)))
+        rows = built.rows_once([examples[i] for i in order], mismatched=False)
+        out = [sharding.fetch(run(fixed, sharding.place_rows(part, built.mesh))) for part in rows]
+        values = np.empty((len(examples), out[0].shape[1]), np.float32)
+        values[order] = np.concatenate(out)[: len(order)]
+        return values
+
+    for part in (visited, built.held_out):
+        columns.fill(part, compute, write=jax.process_index() == 0)
+    return columns.table(visited), columns.table(built.held_out)
+
+
+# ---- training
+
+
+def train(config: Config, workdir: str, resume: bool = False) -> Result:
+    """Trains as `config` says and leaves everything in `workdir`.
+
+    Writes config.json, rows.jsonl (rows refused, cut or left out), metrics.jsonl (one line a step, the
+    figures before that step's update), eval.jsonl, tensorboard/ and checkpoints/.
+
+    Args:
+      resume: continue from the newest whole checkpoint of the folder; start if there is none; return at once
+        if the run is finished.
+    Errors: UserError, before anything is compiled, for whatever the user can mend.
+    """
+    place = epath.Path(os.path.expanduser(workdir))
+    step = open_workdir(place, config, resume)
+    built = build(config, place)
+    if step == built.steps:
+        print(f"finished: {place} holds step {step} of {built.steps}")
+        return Result(None, built.model, {}, {})
+    if jax.process_index() == 0:
+        (place / "config.json").write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
+        built.data.report.write(os.fspath(place / "rows.jsonl"))
+    announce(built)
+    return Run(built, step).train()
+
+
+def announce(built: Built) -> None:
+    """What is about to run: rows, buckets, and the first row as the model sees it."""
+    for line in built.data.report.lines():
+        print(f"data: {line}")
+    buckets = built.loader.buckets(0, built.steps)
+    shown = ", ".join(f"{count} batches of {length} tokens" for length, count in buckets.items())
+    print(f"buckets: {shown}; one compile each")
+    shape = "x".join(str(size) for size in built.mesh.shape.values())
+    print(f"mesh: {shape} (data x fsdp x tensor) of {built.mesh.devices.flat[0].device_kind}")
+    first = built.loader.examples[built.loader.order(0)]
+    for number, tokens in enumerate(first.completions):
+        trained = built.tokenizer.decode(tokens.ids[tokens.start :])
+        print(
+            f"first row, {first.where}, completion {number + 1}: {len(tokens)} tokens, "
+            f"{int(tokens.mask.sum())} of them trained"
+        )
+        print(f"  prompt  | {built.tokenizer.decode(tokens.prompt)!r}")
+        print(f"  trained | {trained!r}", flush=True)
+
+
+class Run:
+    """The training loop of one built experiment."""
+
+    def __init__(self, built: Built, step: int | None):
+        """Args: step: the checkpoint to go on from; None starts anew."""
+        self.built, config = built, built.config
+        rows = sharding.row_sharding(built.mesh)
+        shapes = state_shapes(built)
+        places = jax.tree.map(lambda x: x.sharding, shapes)
+        self.checkpoints = Checkpoints(built.workdir / "checkpoints", config.checkpoint)
+        self.pending: list[Batch] = []
+        self.position, self.tokens, self.evaluated = 0, 0, {}
+        if step is not None:
+            restored = self.checkpoints.restore(step, shapes, rows)
+            state, self.pending = restored.state, restored.pending
+            self.position, self.tokens = restored.host["position"], restored.host["tokens"]
+        self._prepare_reference(step)
+        if step is None:
+            make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)  # noqa: E731
+            start = jax.jit(make, out_shardings=places, donate_argnums=0)
+            state = start(self._initial(), jax.random.PRNGKey(config.seed))
+        self._params = None
+        self.state: TrainState = state
+        algorithm = ALGORITHMS[config.algorithm]
+        self.prepare = algorithm.make_prepare(built.model, built.reads, self.reference)
+        everywhere = NamedSharding(built.mesh, PartitionSpec())
+        self.step = jax.jit(
+            make_step(
+                built.objective, built.optimizer, microbatches=config.train.microbatches,
+                reduce_dtype=config.train.reduce_dtype, layout=built.model.layout,
+            ),
+            in_shardings=(places, rows), out_shardings=(places, everywhere), donate_argnums=0,
+        )  # fmt: skip
+        self.sums = jax.jit(built.objective, out_shardings=everywhere)
+        self.log = Log(
+            built.workdir, config.log, start=step or 0, steps=built.steps, resolved=fields.to_dict(config),
+            main=jax.process_index() == 0,
+        )  # fmt: skip
+
+    def _initial(self) -> Any:
+        self._params = initial_params(self.built) if self._params is None else self._params
+        return self._params
+
+    def _prepare_reference(self, step: int | None) -> None:
+        """What the objective needs of the reference: columns, and for single answers its live parameters."""
+        self._params, self.reference, self.tables = None, None, None
+        if self.built.config.algorithm == "preference":
+            self.tables = reference_tables(self.built, self._initial, self.position)
+        if self.built.reads == "labelled":
+            self.reference = initial_params(self.built)  # its own buffers: those of the state are donated
+
+    def _place(self, rows: Batch, held_out: bool = False) -> Batch:
+        if self.tables is not None:
+            rows = rows | {"ref_logprob": self.tables[held_out][rows["index"]]}
+        return sharding.place_rows(rows, self.built.mesh)
+
+    def _feed(self) -> Iterator[tuple[int, Batch]]:
+        """Global batches from the data position on, built ahead on the loader's threads."""
+        config = self.built.config
+        local = sharding.local_rows(self.built.mesh, config.train.batch_size)
+        last = self.position + self.built.steps  # a batch of rows makes one batch or more
+        for number, rows in self.built.loader.iterate(self.position, last, config.data.threads, local):
+            yield number, self._place(rows)
+
+    def train(self) -> Result:
+        """Runs to the last step; returns the last figures."""
+        built, config = self.built, self.built.config
+        feed, queue = self._feed(), iter(self.pending)
+        step, last, row = int(self.state.step), None, {}
+        if step == 0:
+            self._evaluate(0)
+        while step < built.steps:
+            batch = next(queue, None)
+            if batch is None:
+                number, rows = next(feed)
+                self.position, queue = number + 1, self.prepare(self.state, rows)
+                continue
+            self.state, metrics = self.step(self.state, batch)
+            if last is not None:  # the device is busy with this step while the one before is written down
+                row = self._write(step - 1, last)
+            step, last = step + 1, metrics
+            due = config.evaluate.every and step % config.evaluate.every == 0
+            save = step == built.steps or (config.checkpoint.every and step % config.checkpoint.every == 0)
+            if save or due or step == built.steps:
+                row, last = self._write(step - 1, last), None
+            if due or step == built.steps:
+                self._evaluate(step)
+            if save:
+                rest = list(queue)  # they no longer read the state, so they can be made now
+                queue = iter(rest)
+                host = {"position": self.position, "tokens": self.tokens}
+                self.checkpoints.save(step, self.state, host, rest, self.evaluated)
+        self.checkpoints.close()
+        self.log.close()
+        return Result(self.state, built.model, row, self.evaluated)
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
+        values = jax.device_get(metrics)
+        tokens = int(values.pop("tokens"))
+        self.tokens += tokens
+        row = {"step": step} | {name: float(value) for name, value in values.items()}
+        row["num_tokens"] = self.tokens
+        self.log.step(row, tokens)
+        return row
+
+    def _evaluate(self, step: int) -> None:
+        """The objective on the held-out rows: sums over all of them, divided once."""
+        if not self.built.held_out:
+            return
+        key = jax.random.PRNGKey(self.built.config.seed)
+        terms, means = [], []
+        for rows in self.built.rows_once(self.built.held_out, mismatched=self.built.reads == "labelled"):
+            for batch in self.prepare(self.state, self._place(rows, held_out=True)):
+                sums = self.sums(self.state.params, self.state.frozen, self.state.hyper, batch, key)
+                term, mean = jax.device_get(sums)
+                terms.append(term)
+                means.append(mean)
+        self.evaluated = {"step": step, **summarise(terms, means), "eval/rows": len(self.built.held_out)}
+        self.log.evaluation(self.evaluated)
+        told = ", ".join(f"{n.removeprefix('eval/')} {x:.4g}" for n, x in self.evaluated.items() if n != "step")
+        print(f"held out, step {step}: {told}", flush=True)
+
+
+def summarise(terms: list[dict[str, Any]], means: list[dict[str, Any]]) -> dict[str, float]:
+    """Loss and metrics of many batches from their sums, in float64; shares get their 95% interval."""
+
+    def add(sums: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray, float]:
+        total, count = (np.sum([np.asarray(s[name][i], np.float64) for s in sums], axis=0) for i in (-2, -1))
+        return total, count, float(np.sum(np.where(count > 0, total / np.where(count > 0, count, 1), 0)))
+
+    loss = sum(float(terms[0][name].weight) * add(terms, name)[2] for name in terms[0])
+    out = {"eval/loss": loss} | {f"eval/{name}": add(means, name)[2] for name in means[0]}
+    if "rewards/accuracies" in means[0]:
+        _, count, share = add(means, "rewards/accuracies")
+        low, high = wilson(share, float(count))
+        out |= {"eval/rewards/accuracies_low": low, "eval/rewards/accuracies_high": high}
+    return out

@@ -150,14 +150,23 @@ def build(config: Config, workdir: epath.Path) -> Built:
             f"the tokenizer gives token {largest}, but the model's vocabulary ends at {model.shape.vocab - 1}; "
             "check --config.model.tokenizer."
         )
+    held_out = data.evaluation[: config.evaluate.rows]
+    train = dataset.unpaired(data.train) if reads == "labelled" else data.train
+    # Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
+    if len({len(example.completions) for example in held_out}) > 1:
+        held_out = dataset.unpaired(held_out)
+    if reads == "labelled" and len({example.prompt for example in held_out}) == 1:
+        raise UserError(
+            "the held-out rows have one prompt, but this loss puts each answer behind another's prompt; "
+            "raise --config.data.eval_share or give --config.data.eval_path."
+        )
     loader = Loader(
-        data.train, batch_size=config.train.batch_size, seed=config.seed, length=length,
+        train, batch_size=config.train.batch_size, seed=config.seed, length=length,
         buckets=config.data.buckets, weights=config.data.weights, mismatched=reads == "labelled",
     )  # fmt: skip
-    steps = config.train.steps or -(-len(data.train) // config.train.batch_size)
+    steps = config.train.steps or -(-len(train) // config.train.batch_size)
     optimizer, rates = _optimizer(config, steps)
     objective = ALGORITHMS[config.algorithm].make_objective(model, loss, reads, options)
-    held_out = dataset.paired(data.evaluation)[: config.evaluate.rows]
     return Built(
         config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective, optimizer,
         {"loss": numbers, "optimizer": rates}, steps,

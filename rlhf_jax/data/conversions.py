@@ -23,11 +23,6 @@ def _pair(row: Preference) -> Converted:
     yield row.prompt, (row.chosen, row.rejected), (True, False)
 
 
-def _unpaired(row: Preference) -> Converted:
-    yield row.prompt, (row.chosen,), (True,)
-    yield row.prompt, (row.rejected,), (False,)
-
-
 def _labelled(row: Labelled) -> Converted:
     yield row.prompt, (row.completion,), (row.label,)
 
@@ -53,7 +48,9 @@ CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Converted]] = {
     (Preference, "pair"): _pair,
     (Ranking, "pair"): _ranked_pairs,
     (Labelled, "labelled"): _labelled,
-    (Preference, "labelled"): _unpaired,
+    # Pairs stay pairs until they are split and cut to length: `dataset.unpaired` makes single answers of them.
+    (Preference, "labelled"): _pair,
+    (Ranking, "labelled"): _ranked_pairs,
 }
 NEEDS: dict[Form, str] = {
     "demonstration": "answers to imitate",

@@ -304,17 +304,10 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
     return digest.hexdigest()
 
 
-def paired(examples: Sequence[Example]) -> tuple[Example, ...]:
-    """Single answers that came from pairs, as pairs again (chosen first); anything else as it is.
-
-    Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
-    """
-    rows = list(zip(examples[::2], examples[1::2], strict=False))
-    from_pairs = len(examples) % 2 == 0 and all(
-        a.where == b.where and a.labels == (True,) and b.labels == (False,) for a, b in rows
-    )
-    if not from_pairs:
-        return tuple(examples)
+def unpaired(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """Each completion as an example of its own, with a number of its own: 2 i and 2 i + 1 from example i."""
     return tuple(
-        dataclasses.replace(a, completions=a.completions + b.completions, labels=(True, False)) for a, b in rows
+        dataclasses.replace(example, completions=(completion,), labels=(label,), index=2 * example.index + place)
+        for example in examples
+        for place, (completion, label) in enumerate(zip(example.completions, example.labels, strict=True))
     )

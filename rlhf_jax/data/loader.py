@@ -87,8 +87,8 @@ class Loader:
             raise UserError(f"{where} has {self._totals.max()} tokens and the length is {length}")
         if mismatched and (self._prompts == self._prompts[0]).all():
             raise UserError(
-                "all rows have one prompt, so no answer can be paired with another's prompt; "
-                "use --config.loss.name=kto_zero, or data with several prompts"
+                "all rows have one prompt, but this loss puts each answer behind another's prompt; "
+                "give data with several prompts"
             )
         self._order = _order(self.examples, seed, weights, shuffle)
 

@@ -11,18 +11,39 @@ from jax import Array
 
 from rlhf_jax.ops.layout import Layout
 
-BLOCK = 128
+BLOCK = 64  # queries at a time: on a CPU their scores then stay in its cache
+LANES = 128  # the TPU's kernel takes lengths and head sizes that are multiples of it
+
+
+def _by_group(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """q as [B, G, H / G, T, d], scaled; k and v as [B, G, T, d]."""
+    rows, length, heads, size = q.shape
+    groups = k.shape[2]
+    q = (q / size**0.5).reshape(rows, length, groups, heads // groups, size)
+    return jnp.moveaxis(q, 1, 3), jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+
+
+def _by_token(out: Array) -> Array:
+    """[B, G, H / G, T, d] as [B, T, H, d]."""
+    out = jnp.moveaxis(out, 3, 1)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
 def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Softmax attention, scores in float32; visible [B, T, S] says which keys a query may see."""
-    rows, length, heads, size = q.shape
-    groups = k.shape[2]
-    q = q.reshape(rows, length, groups, heads // groups, size)
-    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32) / size**0.5
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(rows, length, heads, size)
+    """Softmax attention in float32, [B, G, H / G, T, d]; visible [B, T, S]: which keys a query may see.
+
+    A group's heads are stacked as queries of one product, and the weights are divided by their sum only after
+    they have met the values: both spare passes over the scores, which are what takes the time.
+    """
+    rows, groups, heads, length, size = q.shape
+    q = q.reshape(rows, groups, heads * length, size)
+    scores = jnp.einsum("bgtd,bgsd->bgts", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(rows, groups, heads, length, -1)
+    scores += jnp.where(visible, 0.0, -1e30)[:, None, None]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    flat = weights.astype(v.dtype).reshape(rows, groups, heads * length, -1)
+    out = jnp.einsum("bgts,bgsd->bgtd", flat, v, preferred_element_type=jnp.float32)
+    return (out.reshape(q.shape[:2] + (heads, length, size)) / jnp.sum(weights, axis=-1)[..., None]).astype(v.dtype)
 
 
 def _visible(segments: Array, start: int, stop: int) -> Array:
@@ -33,7 +54,7 @@ def _visible(segments: Array, start: int, stop: int) -> Array:
 
 def dense(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
     """All scores at once: the plainest form, for short rows and as the yardstick of the others."""
-    return _attend(q, k, v, _visible(segments, 0, q.shape[1]))
+    return _by_token(_attend(*_by_group(q, k, v), _visible(segments, 0, q.shape[1])))
 
 
 def blocked(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
@@ -45,12 +66,13 @@ def blocked(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Ar
     length = q.shape[1]
     size = max(BLOCK, -(-length // 16))
     attend = jax.checkpoint(_attend)  # pyright: ignore[reportPrivateImportUsage]
+    q, k, v = _by_group(q, k, v)
     parts = []
     for start in range(0, length, size):
         stop = min(start + size, length)
-        visible = _visible(segments, start, stop)
-        parts.append(attend(q[:, start:stop], k[:, :stop], v[:, :stop], visible))
-    return jnp.concatenate(parts, axis=1)
+        queries = jax.lax.slice_in_dim(q, start, stop, axis=3)
+        parts.append(attend(queries, k[:, :, :stop], v[:, :, :stop], _visible(segments, start, stop)))
+    return _by_token(jnp.concatenate(parts, axis=3))
 
 
 def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
@@ -59,7 +81,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Arr
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, size = q.shape[1], q.shape[3]
-    pad_length, pad_size = -length % BLOCK, -size % BLOCK
+    pad_length, pad_size = -length % LANES, -size % LANES
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
         rows, heads, groups = q.shape[0], q.shape[2], k.shape[2]
@@ -84,7 +106,7 @@ def auto(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array
     """splash where the mesh is of TPUs, blocked on rows of more than one block, else dense."""
     device = layout.mesh.devices.flat[0] if layout.mesh is not None else None
     platform = device.platform if device is not None else jax.default_backend()
-    if platform == "tpu" and q.shape[1] >= BLOCK:
+    if platform == "tpu" and q.shape[1] >= LANES:
         return splash(q, k, v, segments, layout)
     return (blocked if q.shape[1] > BLOCK else dense)(q, k, v, segments, layout)
 

@@ -27,12 +27,14 @@ Where the conventions differ:
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from datasets import Dataset
+from jax.experimental.compilation_cache import compilation_cache
 from transformers import AutoTokenizer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -46,7 +48,7 @@ from rlhf_jax.config import Config, Loss, ModelConfig, OptimizerConfig, Train
 from rlhf_jax.data.config import Data
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.sharding import MeshShape
-from tests.parity.checkpoints import load
+from tests.parity.checkpoints import LENGTH, load
 from tests.parity.rows import demonstrations, labelled, pairs, write_checkpoint
 
 # TRL 1.16 asks transformers 5.23 by a name that is on its way out.
@@ -93,6 +95,17 @@ SAME = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs that differ in numbers or rows alone share their compiled programs."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The checkpoint that every run starts from."""
@@ -126,7 +139,7 @@ def _ours(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathlib.
         algorithm=algorithm,
         cache=str(out / "cache"),
         model=ModelConfig(path=str(start)),
-        data=Data(path=(str(file),), eval_share=0.0),
+        data=Data(path=(str(file),), eval_share=0.0, buckets=(LENGTH,)),
         loss=Loss(name=same.loss, **same.ours),
         optimizer=OptimizerConfig(name="sgd", learning_rate=same.rate, schedule="constant", clip_norm=None),
         train=Train(steps=steps, batch_size=len(rows)),

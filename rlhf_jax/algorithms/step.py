@@ -153,7 +153,7 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, STEP), state.step)
         grads, loss, means = _accumulate(objective, state, batch, key, microbatches, reduce_dtype, layout)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         numbers = dict(state.hyper["optimizer"])
         clip = numbers.pop("clip_norm")
         scale = jnp.where(norm > clip, clip / norm, 1.0)

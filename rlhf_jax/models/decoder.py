@@ -133,7 +133,8 @@ class Decoder(_Module):
         table = self.param("embedding", init, (shape.vocab, shape.width), dtype)
         if not shape.tied:
             self.param("head", init, (shape.vocab, shape.width), dtype)
-        x = jnp.take(table, tokens, axis=0).astype(numerics.compute_dtype)
+        # Looked up whole along its width: the partitioner can't look up a table that is cut both ways.
+        x = jnp.take(self.layout.constrain(table, "vocab", None), tokens, axis=0).astype(numerics.compute_dtype)
         x = self.layout.constrain(x, "rows", None, None)
         sines, cosines = angles(shape.rope, shape.head_dim, positions)
         stack = nn.scan(

@@ -1,0 +1,109 @@
+"""A small training problem that several test files share: a random decoder and rows of very uneven length."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import preference, sft
+from rlhf_jax.algorithms.step import Objective, Optimizer, TrainState, make_state, make_step
+from rlhf_jax.models.decoder import Model, Numerics, Shape
+from rlhf_jax.models.rope import Rope
+from rlhf_jax.ops.layout import Layout
+
+SHAPE = Shape(
+    vocab=64, width=32, layers=2, heads=4, groups=4, head_dim=8, mlp_width=48, length=64,
+    rope=Rope(theta=100.0), tied=False, qkv_bias=True, spread=0.3,
+)  # fmt: skip
+ROWS, LENGTH = 32, 24
+
+
+def make_model(mesh: jax.sharding.Mesh | None = None, **numerics: Any) -> Model:
+    """The decoder on a mesh; logits are made 16 tokens at a time."""
+    return Model(SHAPE, Numerics(chunk=16, **numerics), Layout(mesh))
+
+
+def make_rows(seed: int = 0, rows: int = ROWS, completions: int = 2) -> dict[str, np.ndarray]:
+    """Preference rows [B, K, T] with completions of 1 to 16 tokens, every eighth row padding."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, completions, LENGTH)
+    prompt = rng.integers(1, 8, (rows, 1, 1))
+    total = prompt + np.maximum(1, (rng.random((rows, completions, 1)) ** 3 * 16).astype(int))
+    place = np.arange(LENGTH)[None, None]
+    real = place < total
+    weight = (np.arange(rows) % 8 != 7).astype(np.float32)
+    real &= weight[:, None, None] > 0
+    segments = real.astype(np.int32)
+    length = np.sum(real & (place >= prompt), axis=-1)
+    return {
+        "tokens": rng.integers(0, SHAPE.vocab, shape).astype(np.int32),
+        "mask": real & (place >= prompt),
+        "segments": segments,
+        "positions": (place * segments).astype(np.int32),
+        "weight": weight,
+        "index": np.arange(rows, dtype=np.int32),
+        "labels": np.tile(np.arange(completions) == 0, (rows, 1)),
+        "ref_logprob": (-4.5 * length + rng.normal(size=(rows, completions))).astype(np.float32),
+        "baseline": np.full(rows, 0.3, np.float32),
+    }
+
+
+def either(learning_rate: Any, *, plain: float = 0.0, weight_decay: float = 0.01) -> optax.GradientTransformation:
+    """AdamW, or plain descent if `plain` is 1: both in one program, so that a test compiles half as often."""
+    adam, descent = optax.adamw(learning_rate, weight_decay=weight_decay), optax.sgd(learning_rate)
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        first, state = adam.update(grads, state, params)
+        second, _ = descent.update(grads, descent.init(params), params)
+        return jax.tree.map(lambda a, b: jax.numpy.where(plain > 0, b, a), first, second), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+OPTIMIZER = Optimizer(either, optax.constant_schedule(1.0))
+OBJECTIVES = {
+    "demonstration": sft.make_objective,
+    "pair": preference.make_objective,
+    "labelled": preference.make_objective,
+}
+
+
+def hyper(loss: dict[str, float], learning_rate: float = 3e-2, plain: float = 0.0) -> dict[str, Any]:
+    """The hyper-parameters of `OPTIMIZER` and a loss."""
+    return {"loss": loss, "optimizer": {"learning_rate": learning_rate, "plain": plain, "clip_norm": 1e9}}
+
+
+@functools.cache
+def initial() -> Any:
+    """One set of random parameters, on the host."""
+    model = make_model()
+    return jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0)))
+
+
+@functools.cache
+def _blank(family_numbers: tuple[str, ...]) -> TrainState:
+    """The state before the first step, on the host."""
+    params = initial()
+    make = lambda: make_state(params, hyper(dict.fromkeys(family_numbers, 0.0)), OPTIMIZER, jax.random.PRNGKey(0))  # noqa: E731
+    return jax.tree.map(np.asarray, jax.jit(make)())
+
+
+def start(mesh: jax.sharding.Mesh, numbers: dict[str, Any]) -> TrainState:
+    """The state before the first step, on the mesh; placed and not compiled, so that a test may make many."""
+    state = dataclasses.replace(_blank(tuple(numbers["loss"])), hyper=jax.tree.map(np.float32, numbers))
+    return jax.device_put(state, sharding.state_shardings(state, mesh))
+
+
+def compiled_step(mesh: jax.sharding.Mesh, objective: Objective, state: TrainState, microbatches: int, **more: Any):
+    """The jitted step as `run` makes it: pinned shardings, donated state."""
+    places = jax.tree.map(lambda x: x.sharding, state)
+    step = make_step(objective, OPTIMIZER, microbatches=microbatches, layout=Layout(mesh), **more)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step, in_shardings=(places, sharding.row_sharding(mesh)), out_shardings=(places, everywhere), donate_argnums=0
+    )

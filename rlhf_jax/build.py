@@ -1,6 +1,5 @@
 """An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
 
-import dataclasses
 import inspect
 import os
 import typing
@@ -21,7 +20,7 @@ from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.models.decoder import Model, Numerics
+from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 
 
@@ -127,12 +126,11 @@ def build(config: Config, workdir: epath.Path) -> Built:
     loss, reads, numbers, options = _loss(config)
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
-    numerics = Numerics(**{f.name: getattr(config.model, f.name) for f in dataclasses.fields(Numerics)})
     mesh = sharding.make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     _check_numbers(config, shards)
     folder = hf.folder(config.model.path)
-    model = hf.describe(folder, numerics, Layout(mesh))
+    model = hf.describe(folder, config.model.numerics(), Layout(mesh))
     if config.model.init == "checkpoint":
         hf.check(folder, model)
     sharding.check_divides(model, mesh)

@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from rlhf_jax.algorithms.step import Batch, TrainState
 
 MANIFEST = "manifest.json"
+STAMPED_LATER = "_CHECKPOINT_METADATA"  # Orbax writes the time of the commit into it after our manifest stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Checkpoints:
     """The checkpoints of one folder, a sub-folder a step."""
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig = CheckpointConfig()):
+        folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other
         self._folder = folder
         self._writing: int | None = None
         sign = 1 if config.best_mode == "max" else -1
@@ -55,23 +57,17 @@ class Checkpoints:
             best_fn=score,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        for stale in self._unsealed():
-            stale.rmtree()
+        for step in _steps(folder):
+            if not is_sealed(step):  # what a kill left behind
+                step.rmtree()
         self._manager = ocp.CheckpointManager(folder, options=options)
-
-    def _steps(self) -> list[epath.Path]:
-        if not self._folder.is_dir():
-            return []
-        return sorted((path for path in self._folder.iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
-
-    def _unsealed(self) -> list[epath.Path]:
-        return [path for path in self._steps() if not is_sealed(path)]
 
     def _seal(self) -> None:
         """Orbax calls this when the step's files are all written, before it gives their folder its name."""
         if jax.process_index() == 0:
             folder = next(path for path in self._folder.iterdir() if path.name.split(".")[0] == str(self._writing))
             files = {str(path.relative_to(folder)): path.stat().length for path in _files(folder)}
+            files.pop(STAMPED_LATER, None)
             (folder / MANIFEST).write_text(json.dumps({"files": files}))
 
     def save(
@@ -94,11 +90,6 @@ class Checkpoints:
         if pending:
             items["pending"] = ocp.args.StandardSave(pending)
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
-
-    def latest(self) -> int | None:
-        """The newest step with a whole checkpoint."""
-        sealed = [int(path.name) for path in self._steps() if is_sealed(path)]
-        return sealed[-1] if sealed else None
 
     def restore(self, step: int, like: TrainState, rows: jax.sharding.Sharding) -> Restored:
         """A checkpoint's content, placed like `like` (arrays or shapes with shardings); `rows` places batches."""
@@ -130,3 +121,25 @@ def is_sealed(folder: epath.Path) -> bool:
         return False
     files = json.loads(manifest.read_text())["files"]
     return all((folder / name).exists() and (folder / name).stat().length == size for name, size in files.items())
+
+
+def _steps(folder: epath.Path) -> list[epath.Path]:
+    """The folders of steps, oldest first."""
+    names = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(names, key=lambda path: int(path.name))
+
+
+def latest(folder: epath.Path) -> int | None:
+    """The newest step with a whole checkpoint in a folder of checkpoints."""
+    sealed = [int(path.name) for path in _steps(folder) if is_sealed(path)]
+    return sealed[-1] if sealed else None
+
+
+def restore_params(folder: epath.Path, step: int, like: Any) -> Any:
+    """The parameters of a checkpoint alone, placed like `like` (shapes with shardings)."""
+    item = {"params": like}
+    how = ocp.args.PyTreeRestore(
+        item=item, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+    )
+    with ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+        return manager.restore(step, args=ocp.args.Composite(state=how))["state"]["params"]

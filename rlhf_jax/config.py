@@ -21,6 +21,10 @@ class ModelConfig(Numerics):
     init: Annotated[Literal["checkpoint", "random"], "start from its weights, or from random ones"] = "checkpoint"
     tokenizer: Annotated[str | None, "folder or Hub name of the tokenizer; none: the model's own"] = None
 
+    def numerics(self) -> Numerics:
+        """How the model is computed, apart from which it is."""
+        return Numerics(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Numerics)})
+
 
 @generated(LOSSES)
 class Loss:

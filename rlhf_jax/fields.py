@@ -24,9 +24,11 @@ def nearest(word: str, options: Iterable[str]) -> str:
     """Returns the option (there is at least one, dotted or not) that `word` was most likely meant to be."""
 
     def likeness(option: str) -> float:
-        pairs = (word, option), (word.rpartition(".")[2], option.rpartition(".")[2])
-        whole, last = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)
-        return 1.0 if option.startswith(f"{word}.") else max(whole, 0.95 * last)
+        ends = word.rpartition(".")[2], option.rpartition(".")[2]
+        if option.startswith(f"{word}.") or ends[0] == "".join(part[:1] for part in ends[1].split("_")):
+            return 1.0  # a section without its field, or initials such as lr
+        whole, last = (difflib.SequenceMatcher(None, a, b).ratio() for a, b in ((word, option), ends))
+        return max(whole, 0.95 * last)
 
     return max(options, key=likeness)
 
@@ -69,7 +71,7 @@ def _scalar(scalar: type, allowed: str, parser: flags.ArgumentParser) -> Kind:
 
 SCALARS = {
     int: _scalar(int, "an int", flags.IntegerParser()),
-    float: _scalar(float, "a float", flags.FloatParser()),
+    float: _scalar(float, "a number", flags.FloatParser()),
     bool: _scalar(bool, "true or false", flags.BooleanParser()),
     str: _scalar(str, "a string", flags.ArgumentParser()),
 }

@@ -63,10 +63,11 @@ def load(spec: str) -> Any:
     """
     name, variant = re.findall(r"\A(.*?)(:[^/:]*)?\Z", spec, re.DOTALL)[0]
     path = epath.Path(name)
-    if not path.is_file():
-        beside = {other.stem: other for other in path.parent.glob("*.py")} if path.parent.is_dir() else {}
-        near = f"the nearest is {beside[nearest(path.stem, sorted(beside))]}" if beside else ""
-        raise UserError(f"there is no config file {name!r}; {near or f'{path.parent} holds none'}.")
+    if not path.is_file() or path.suffix != ".py":
+        what = f"{name} is not a config file, FILE.py" if path.is_file() else f"there is no config file {name!r}"
+        near = {file.stem: file for file in _config_files(path)}
+        hint = f"the nearest is {near[nearest(path.stem, near)]}" if near else f"{path.parent} holds none"
+        raise UserError(f"{what}; {hint}.")
     module = types.ModuleType(f"config_file_{path.stem}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and pickle look the module of a class up there
@@ -85,6 +86,14 @@ def load(spec: str) -> Any:
             f"{name} has no variant {variant[1:]!r}; {near or f'it has none, so pass {name} alone'}."
         )
     return get_config(variant[1:])
+
+
+def _config_files(path: epath.Path) -> Iterator[epath.Path]:
+    """The config files in the folder `path`, beside it and in the folder configs beside it."""
+    for folder in (path.parent / "configs", path.parent, path):
+        for file in sorted(folder.glob("*.py")) if folder.is_dir() else ():
+            if b"def get_config(" in file.read_bytes():
+                yield file
 
 
 @contextmanager

@@ -19,13 +19,13 @@ from rlhf_jax.algorithms import ALGORITHMS, preference
 from rlhf_jax.algorithms.step import INIT, Batch, TrainState, make_state, make_step
 from rlhf_jax.build import Built, build
 from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
+from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.columns import Columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import Log, wilson
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.models.decoder import Model
+from rlhf_jax.workdir import last_line, open_workdir
 
 
 def use_compile_cache() -> None:
@@ -37,54 +37,9 @@ def use_compile_cache() -> None:
 class Result(NamedTuple):
     """What a finished run leaves: its state, and the last lines of metrics.jsonl and eval.jsonl."""
 
-    state: TrainState | None
-    model: Model
+    state: TrainState | None  # None if the run was finished already
     metrics: dict[str, float]
     evaluation: dict[str, float]
-
-
-
-# ---- the folder of a run
-
-
-def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | None:
-    """Checks that the folder may be written to, and gives the step to resume from, or None for a new run.
-
-    Errors: UserError for a folder that can't be written, one that holds a run when `resume` is False, and a
-    resumption under a config that makes it another experiment.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"workdir {str(workdir)!r} can't be written to ({reason}); give another --workdir.") from error
-    used = (workdir / "config.json").exists()
-    if used and not resume:
-        raise UserError(
-            f"workdir {str(workdir)!r} already holds a run; continue it with --resume or give another --workdir."
-        )
-    step = Checkpoints(workdir / "checkpoints", config.checkpoint).latest() if used else None
-    if step is None:
-        return None
-    before = load_config(workdir)
-    changed = [line for line in fields.diff(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
-    if changed:
-        raise UserError(
-            f"workdir {str(workdir)!r} holds another experiment ({'; '.join(changed)}); "
-            "resume with its own config or give another --workdir."
-        )
-    return step
-
-
-def load_config(workdir: epath.Path) -> Config:
-    """The config that a run was started with. Errors: UserError if the folder holds no run."""
-    file = workdir / "config.json"
-    if not file.exists():
-        raise UserError(f"{str(workdir)!r} holds no run (there is no config.json); give the --workdir of one.")
-    return fields.from_dict(Config, json.loads(file.read_text()), f"{file}: ")
 
 
 # ---- parameters and the state
@@ -171,15 +126,21 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     """
     place = epath.Path(os.path.expanduser(workdir))
     step = open_workdir(place, config, resume)
+    if step is not None and config.train.steps is not None and step >= config.train.steps:
+        return _finished(place, step)
     built = build(config, place)
-    if step == built.steps:
-        print(f"finished: {place} holds step {step} of {built.steps}")
-        return Result(None, built.model, {}, {})
+    if step is not None and step >= built.steps:
+        return _finished(place, step)
     if jax.process_index() == 0:
         (place / "config.json").write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
     announce(built)
     return Run(built, step).train()
+
+
+def _finished(workdir: epath.Path, step: int) -> Result:
+    print(f"finished: {workdir} holds step {step}, the last; there is nothing left to do")
+    return Result(None, last_line(workdir / "metrics.jsonl"), last_line(workdir / "eval.jsonl"))
 
 
 def announce(built: Built) -> None:
@@ -217,7 +178,13 @@ class Run:
         if step is not None:
             restored = self.checkpoints.restore(step, shapes, rows)
             state, self.pending = restored.state, restored.pending
-            self.position, self.tokens = restored.host["position"], restored.host["tokens"]
+            host = restored.host
+            self.position, self.tokens, self.evaluated = host["position"], host["tokens"], host["evaluated"]
+            if host["data"] != built.data.fingerprint:
+                raise UserError(
+                    f"the rows of {', '.join(config.data.path)} are not those that {built.workdir} was started with; "
+                    "put them back or give another --workdir."
+                )
         self._prepare_reference(step)
         if step is None:
             make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)  # noqa: E731
@@ -292,11 +259,12 @@ class Run:
             if save:
                 rest = list(queue)  # they no longer read the state, so they can be made now
                 queue = iter(rest)
-                host = {"position": self.position, "tokens": self.tokens}
+                host = {"position": self.position, "tokens": self.tokens, "evaluated": self.evaluated}
+                host["data"] = built.data.fingerprint
                 self.checkpoints.save(step, self.state, host, rest, self.evaluated)
         self.checkpoints.close()
         self.log.close()
-        return Result(self.state, built.model, row, self.evaluated)
+        return Result(self.state, row, self.evaluated)
 
     def _write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
         values = jax.device_get(metrics)
@@ -320,6 +288,12 @@ class Run:
                 terms.append(term)
                 means.append(mean)
         self.evaluated = {"step": step, **summarise(terms, means), "eval/rows": len(self.built.held_out)}
+        best = self.built.config.checkpoint
+        if best.keep_best and best.best not in self.evaluated:
+            raise UserError(
+                f"--config.checkpoint.best={best.best} is not a metric of the evaluation; "
+                f"choose one of {', '.join(name for name in self.evaluated if name != 'step')}."
+            )
         self.log.evaluation(self.evaluated)
         told = ", ".join(f"{n.removeprefix('eval/')} {x:.4g}" for n, x in self.evaluated.items() if n != "step")
         print(f"held out, step {step}: {told}", flush=True)

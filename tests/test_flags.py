@@ -218,10 +218,10 @@ def test_an_unknown_flag_names_the_nearest(file, flag, near):
     [
         ("train.steps=many", "an int"),
         ("train.steps=1.5", "an int"),
-        ("train.rate=fast", "a float"),
-        ("train.rate=nan", "a float"),
+        ("train.rate=fast", "a number"),
+        ("train.rate=nan", "a number"),
         ("data.shuffle=perhaps", "true or false"),
-        ("data.shares=1,x", "values with commas between, each a float"),
+        ("data.shares=1,x", "values with commas between, each a number"),
         ("data.too_long=stp", "one of cut_prompt, refuse, stop"),
         ("data.length=long", "an int, or none"),
         ("loss.form=c", "one of a, b, or none"),

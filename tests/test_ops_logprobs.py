@@ -1,6 +1,7 @@
 """The vocabulary primitive against an oracle in float64, and the laws that hold for any chunks and any mesh."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +14,13 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.ops.layout import Layout
-from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, token_logprobs
+from rlhf_jax.ops.logprobs import Head, Stat, token_logprobs
 from rlhf_jax.sharding import MeshShape, make_mesh
 
 WANT: tuple[Stat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq")
 LEARNT = ("hidden", "kernel", "bias")
-B, T, D, V = 8, 6, 5, 12
-few = settings(max_examples=15, deadline=None)
+B, T, D, V = 8, 6, 4, 12  # one shape for nearly all tests, so that they share what was compiled
+few = settings(max_examples=10, deadline=None)
 masks = hnp.arrays(np.bool_, (B, T))
 seeds = st.integers(0, 2**32 - 1)
 
@@ -99,19 +100,19 @@ STATIC = ("soft_cap", "with_bias", "want", "chunk", "layout")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def values(p: Problem, *, with_bias: bool = True, want: tuple[Stat, ...] = WANT, chunk: int = 16, **how) -> TokenStats:
-    head = Head(p.kernel, p.bias if with_bias else None)
-    return token_logprobs(p.hidden, head, p.targets, p.mask, want=want, chunk=chunk, **how)
+def run(
+    p: Problem, *, with_bias: bool = True, want: tuple[Stat, ...] = WANT, chunk: int = 16, **how
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was asked for, and the gradient of `weighed` at what is learnt."""
 
+    def loss(learnt: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        head = Head(learnt["kernel"], learnt["bias"] if with_bias else None)
+        stats = token_logprobs(learnt["hidden"], head, p.targets, p.mask, want=want, chunk=chunk, **how)
+        found = {name: value for name, value in stats._asdict().items() if value is not None}
+        return sum((jnp.sum(w * found[n]) for n, w in zip(WANT, p.weights, strict=True) if n in found), 0.0), found
 
-@functools.partial(jax.jit, static_argnames=STATIC)
-def gradients(p: Problem, **how) -> dict[str, jax.Array]:
-    """The gradient of `weighed` at what is learnt."""
-
-    def loss(learnt: dict[str, jax.Array]) -> jax.Array:
-        return jnp.sum(p.weights * jnp.stack(list(values(p._replace(**learnt), **how))))
-
-    return jax.grad(loss)({name: getattr(p, name) for name in LEARNT})
+    slopes, found = jax.grad(loss, has_aux=True)({name: getattr(p, name) for name in LEARNT})
+    return found, slopes
 
 
 def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
@@ -120,8 +121,8 @@ def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
 
 
-def all_close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    got, expected = (dict(x._asdict() if isinstance(x, TokenStats) else x) for x in (got, expected))
+def all_close(got: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float = 2e-5) -> None:
+    assert got.keys() <= expected.keys()
     for name, value in got.items():
         close(value, expected[name], tolerance)
 
@@ -129,55 +130,63 @@ def all_close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
 HOW: dict[str, dict[str, Any]] = {
     "plain": {},
     "no bias": {"with_bias": False},
-    "temperature": {"temperature": 0.6},
-    "soft cap": {"soft_cap": 3.0},
-    "all": {"temperature": 1.7, "soft_cap": 2.0},
+    "temperature and soft cap": {"temperature": 0.6, "soft_cap": 3.0},
 }
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_values_and_gradients_are_the_oracles(how: dict[str, Any]) -> None:
-    p = draw(1, sizes=(2, 5, 3, 7))
-    got = values(p, chunk=4, **how)
-    assert all(x is not None and x.dtype == jnp.float32 and x.shape == (2, 5) for x in got)
-    all_close(got, oracle(p, **how))
+    p = draw(1)
+    found, slopes = run(p, **how)
+    assert all(x.dtype == jnp.float32 and x.shape == (B, T) for x in found.values())
+    all_close(found, oracle(p, **how))
     learnt = LEARNT if how.get("with_bias", True) else LEARNT[:2]
-    slopes = gradients(p, chunk=4, **how)
     all_close({name: slopes[name] for name in learnt}, {name: numeric_gradient(p, name, **how) for name in learnt})
 
 
 @pytest.mark.parametrize("name", WANT)
 def test_each_statistic_alone(name: Stat) -> None:
     """Its own gradient, so that errors of two statistics cannot cancel, and nothing that was not asked for."""
-    p = draw(2, sizes=(2, 4, 3, 5))
+    p = draw(2)
     p = p._replace(weights=p.weights * (np.array(WANT) == name)[:, None, None])
-    got = values(p, want=(name,))._asdict()
-    assert {key for key, value in got.items() if value is not None} == {name}
-    close(got[name], oracle(p)[name])
-    all_close(gradients(p), {field: numeric_gradient(p, field) for field in LEARNT})
+    found, slopes = run(p, want=(name,), soft_cap=2.0)
+    assert found.keys() == {name}
+    close(found[name], oracle(p, soft_cap=2.0)[name])
+    all_close(slopes, {field: numeric_gradient(p, field, soft_cap=2.0) for field in LEARNT})
 
 
-def test_large_logits_stay_finite() -> None:
-    """A softmax that is a point: logits of some hundreds, probabilities below the smallest float32."""
+def test_large_logits_keep_their_precision() -> None:
+    """Logits of some hundreds, where a softmax is a point: the entropy is small and never their rounding."""
     p = draw(3)
     p = p._replace(hidden=200 * p.hidden)
-    all_close(values(p), oracle(p))
-    assert all(np.isfinite(np.asarray(slope)).all() for slope in gradients(p).values())
+    found, slopes = run(p)
+    expected = oracle(p)
+    close(found["logprobs"], expected["logprobs"])
+    close(found["logsumexp"], expected["logsumexp"])
+    for name in ("entropy", "log_sum_sq"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3)
+    assert (np.asarray(found["entropy"]) >= 0).all()
+    assert all(np.isfinite(np.asarray(slope)).all() for slope in slopes.values())
 
 
 def test_temperature_gets_no_gradient() -> None:
     p = draw(4)
-    slope = jax.grad(lambda t: jnp.sum(jnp.stack(list(values(p, temperature=t)))))(1.3)
-    assert slope == 0
+
+    def total(temperature: jax.Array) -> jax.Array:
+        stats = token_logprobs(p.hidden, Head(p.kernel), p.targets, p.mask, temperature=temperature)
+        assert stats.logprobs is not None
+        return jnp.sum(stats.logprobs)
+
+    assert jax.jit(jax.grad(total))(1.3) == 0
 
 
 @few
-@given(seeds, masks, st.sampled_from([1, 8, 17, 40, 10_000]))
+@given(seeds, masks, st.sampled_from([1, 40, 10_000]))
 def test_the_chunk_changes_nothing(seed: int, mask: np.ndarray, chunk: int) -> None:
-    """Also chunks that do not divide the row, of less than a token a row and of more than the whole batch."""
+    """Also chunks of less than a token a row, and of more than the batch, and those that do not divide a row."""
     p = draw(seed, mask=mask)
-    all_close(values(p, chunk=chunk), values(p, chunk=24), 1e-6)
-    all_close(gradients(p, chunk=chunk), gradients(p, chunk=24), 1e-6)
+    for got, expected in zip(run(p, chunk=chunk), run(p), strict=True):
+        all_close(got, expected, 2e-6)
 
 
 @few
@@ -185,66 +194,60 @@ def test_the_chunk_changes_nothing(seed: int, mask: np.ndarray, chunk: int) -> N
 def test_nothing_leaks_from_under_the_mask(seed: int, mask: np.ndarray, poison: float, target: int) -> None:
     """Hidden states, targets and cotangents of unmasked positions may be anything."""
     p = draw(seed, mask=mask)
-    hidden = np.where(mask[..., None], p.hidden, np.float32(poison))
-    bad = p._replace(hidden=hidden, targets=np.where(mask, p.targets, target).astype(np.int32))
-    got = values(bad)
-    for clean, dirty in zip(values(p), got, strict=True):
-        np.testing.assert_array_equal(clean, dirty)
-        assert not np.asarray(dirty)[~mask].any()
-    slopes = gradients(bad)
-    assert not np.asarray(slopes["hidden"])[~mask].any()
-    for name, clean in gradients(p).items():
-        np.testing.assert_array_equal(clean, slopes[name])
-    weights = np.where(mask, p.weights, np.float32(poison))
-    for name, dirty in gradients(bad._replace(weights=weights)).items():
-        np.testing.assert_array_equal(dirty, slopes[name])
+    bad = p._replace(
+        hidden=np.where(mask[..., None], p.hidden, np.float32(poison)),
+        targets=np.where(mask, p.targets, target).astype(np.int32),
+        weights=np.where(mask, p.weights, np.float32(poison)),
+    )
+    (clean, slopes), (found, dirty) = run(p), run(bad)
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, clean[name])
+        assert not np.asarray(value)[~mask].any()
+    for name, slope in dirty.items():
+        np.testing.assert_array_equal(slope, slopes[name])
+    assert not np.asarray(dirty["hidden"])[~mask].any()
 
 
 def test_a_batch_without_a_wanted_token_is_zero() -> None:
-    p = draw(5, mask=np.zeros((B, T), bool))
-    for part in (*values(p), *gradients(p).values()):
+    found, slopes = run(draw(5, mask=np.zeros((B, T), bool)))
+    for part in (*found.values(), *slopes.values()):
         np.testing.assert_array_equal(part, np.zeros(part.shape))
+
+
+def moved(x: Any, rows: list[int], columns: list[int]) -> np.ndarray:
+    """[B, T, ...] with its rows, and the tokens of each, in another order."""
+    return np.asarray(x)[rows][:, columns]
 
 
 @few
 @given(seeds, masks, st.permutations(range(B)), st.permutations(range(T)))
 def test_order_changes_nothing(seed: int, mask: np.ndarray, rows: list[int], columns: list[int]) -> None:
-    """Rows, and tokens within them, can be anywhere."""
     p = draw(seed, mask=mask)
-    turn = lambda x: x[..., rows, :][..., columns]  # noqa: E731
-    hidden = np.moveaxis(turn(np.moveaxis(p.hidden, -1, 0)), 0, -1)
-    turned = Problem(hidden, p.kernel, p.bias, turn(p.targets), turn(p.mask), turn(p.weights))
-    expected = TokenStats(*(turn(np.asarray(x)) for x in values(p)))
-    all_close(values(turned), expected, 1e-6)
-    slopes, got = gradients(p), gradients(turned)
-    slopes["hidden"] = np.moveaxis(turn(np.moveaxis(np.asarray(slopes["hidden"]), -1, 0)), 0, -1)
-    all_close(got, slopes, 2e-6)
+    turn = functools.partial(moved, rows=rows, columns=columns)
+    turned = Problem(
+        turn(p.hidden), p.kernel, p.bias, turn(p.targets), turn(p.mask), np.stack([turn(w) for w in p.weights])
+    )
+    (found, slopes), (got, after) = run(p), run(turned)
+    all_close(got, {name: turn(x) for name, x in found.items()}, 1e-6)
+    all_close(after, slopes | {"hidden": turn(slopes["hidden"])}, 2e-6)
 
 
-@few
-@given(seeds)
-def test_the_probabilities_of_all_targets_sum_to_one(seed: int) -> None:
+def test_the_probabilities_of_all_targets_sum_to_one() -> None:
     """And the other statistics are the sums over them that they claim to be."""
-    p = draw(seed, sizes=(2, V, D, V), mask=np.ones((2, V), bool))
-    p = p._replace(hidden=np.repeat(p.hidden[:, :1], V, axis=1), targets=np.tile(np.arange(V, dtype=np.int32), (2, 1)))
-    got = values(p)
-    log_p = np.asarray(got.logprobs, np.float64)
-    close(np.exp(log_p).sum(-1), np.ones(2))
-    close(got.entropy, np.repeat(-(np.exp(log_p) * log_p).sum(-1)[:, None], V, 1))
-    close(got.log_sum_sq, np.repeat(np.log(np.exp(2 * log_p).sum(-1))[:, None], V, 1))
+    p = draw(10, mask=np.ones((B, T), bool))
+    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % V
+    found, _ = run(p._replace(hidden=np.broadcast_to(p.hidden[:1, :1], p.hidden.shape), targets=targets))
+    log_p = np.asarray(found["logprobs"], np.float64).reshape(-1)[:V]
+    close(np.exp(log_p).sum(), 1)
+    close(found["entropy"], np.full((B, T), -(np.exp(log_p) * log_p).sum()))
+    close(found["log_sum_sq"], np.full((B, T), np.log(np.exp(2 * log_p).sum())))
 
 
 # ---- on a mesh
 
 
-@functools.cache
-def layout(*sizes: int) -> Layout:
-    return Layout(make_mesh(MeshShape(*sizes)))
-
-
 def placed(p: Problem, layout: Layout) -> Problem:
-    """Rows over data and fsdp; the head as a checkpoint's is, over tensor and fsdp where that divides."""
-    assert layout.mesh is not None
+    """Rows over data and fsdp, the head's kernel as the rules of `sharding` have it."""
     put = lambda x, *axes: jax.device_put(x, NamedSharding(layout.mesh, PartitionSpec(*axes)))  # noqa: E731
     rows = ("data", "fsdp")
     return Problem(
@@ -255,16 +258,15 @@ def placed(p: Problem, layout: Layout) -> Problem:
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (8, 1, 1)])
 def test_every_mesh_gives_the_same(sizes: tuple[int, ...]) -> None:
-    p, mesh = draw(6, sizes=(16, 5, 4, 8)), layout(*sizes)
-    how: dict[str, Any] = {"chunk": 7, "soft_cap": 4.0, "temperature": 0.8}
-    all_close(values(placed(p, mesh), layout=mesh, **how), values(p, **how), 1e-6)
-    all_close(gradients(placed(p, mesh), layout=mesh, **how), gradients(p, **how), 2e-6)
+    p, layout = draw(6), Layout(make_mesh(MeshShape(*sizes)))
+    for got, expected in zip(run(placed(p, layout), layout=layout, chunk=5), run(p), strict=True):
+        all_close(got, expected, 2e-6)
 
 
 def test_rows_that_the_mesh_does_not_divide() -> None:
-    p, mesh = draw(7, sizes=(3, 5, 4, 8)), layout(2, 2, 2)
-    all_close(values(p, layout=mesh), values(p), 1e-6)
-    all_close(gradients(p, layout=mesh), gradients(p), 2e-6)
+    p, layout = draw(7), Layout(make_mesh(MeshShape(3, 1, 2)))
+    for got, expected in zip(run(p, layout=layout), run(p), strict=True):
+        all_close(got, expected, 2e-6)
 
 
 # ---- dtypes
@@ -278,24 +280,22 @@ def halved(p: Problem) -> tuple[Problem, Problem]:
 
 
 def test_bfloat16_inputs_give_float32_results() -> None:
-    """Rounding of a logit to bfloat16 would show as an error of about 1e-2."""
-    half, full = halved(draw(8, sizes=(4, 8, 64, 32)))
-    got = values(half)
-    assert all(x is not None and x.dtype == jnp.float32 for x in got)
-    all_close(got, oracle(full))
-    slopes = gradients(half)
-    assert all(slopes[name].dtype == jnp.bfloat16 for name in LEARNT)
-    all_close(slopes, gradients(full), tolerance=2e-2)
+    """A logit that is rounded to bfloat16 would show as an error of about 1e-2."""
+    half, full = halved(draw(8))
+    (found, slopes), (_, expected) = run(half), run(full)
+    assert all(x.dtype == jnp.float32 for x in found.values())
+    all_close(found, oracle(full))
+    assert all(slope.dtype == jnp.bfloat16 for slope in slopes.values())
+    all_close(slopes, expected, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("chunk", [8, 4096])
-def test_bfloat16_gradients_accumulate_in_float32(chunk: int) -> None:
-    """2,048 equal contributions: a sum that is itself bfloat16 stops growing at 256 of them."""
-    p = draw(9, sizes=(8, 256, 4, 3), mask=np.ones((8, 256), bool))
-    p = p._replace(
-        hidden=np.ones_like(p.hidden), targets=np.zeros_like(p.targets), weights=np.ones_like(p.weights)
-    )
+def test_bfloat16_gradients_accumulate_in_float32() -> None:
+    """2,048 equal contributions in 256 chunks: a sum that is itself bfloat16 stops growing at 256 of them."""
+    p = draw(9, sizes=(8, 256, D, V), mask=np.ones((8, 256), bool))
+    p = p._replace(hidden=np.ones_like(p.hidden), targets=np.zeros_like(p.targets), weights=np.ones_like(p.weights))
     half, full = halved(p)
-    got, expected = gradients(half, chunk=chunk), gradients(full)
-    for name in ("kernel", "bias"):
-        close(got[name], expected[name], tolerance=1e-2)
+    _, slopes = run(half, want=("logprobs",), chunk=8)
+    z = full.kernel.sum(-1) + full.bias
+    slope = 2048 * ((np.arange(V) == 0) - np.exp(z) / np.exp(z).sum())
+    close(slopes["bias"], slope, tolerance=1e-2)
+    close(slopes["kernel"], np.tile(slope[:, None], D), tolerance=1e-2)

@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
+PARQUET_MAGIC = b"PAR1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,27 @@ class Refused:
     reason: str
 
 
-def read(path: str, split: str = "train") -> Iterator[Record | Refused]:
+def read(path: str, split: str = "train", flag: str = "--config.data.path") -> Iterator[Record | Refused]:
     """All records of a file, a folder (its data files by name) or a Hub data set, in order.
 
     Args:
       path: a local or `gs://` path, or the name of a Hub data set.
       split: the split of a Hub data set; files have none.
+      flag: what gave the path, for messages.
     Raises: UserError for what isn't there, is empty, is a Git LFS pointer or has an unknown suffix.
     """
     place = epath.Path(path).expanduser()
-    if place.is_dir():
+    try:
+        is_folder, is_there = place.is_dir(), place.exists()
+    except ImportError as error:  # gs:// needs a package of its own
+        raise UserError(f"{path} can't be read here ({error}); run `pip install gcsfs` or change {flag}") from error
+    if is_folder:
         return _folder(place)
-    if place.exists():
+    if is_there:
         return _file(place)
     if _looks_local(path):
-        raise UserError(f"there is no data file or folder {path}; check --config.data.path")
-    return _hub(path, split)
+        raise UserError(f"there is no data file or folder {path}; check {flag}")
+    return _hub(path, split, flag)
 
 
 def _looks_local(path: str) -> bool:
@@ -152,6 +158,10 @@ def _json(file: epath.Path) -> Iterator[Record | Refused]:
 
 
 def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
+    with file.open("rb") as f:
+        whole = f.read(4) == PARQUET_MAGIC
+    if not whole:  # `datasets` would write a line of its own beside ours
+        raise UserError(f"{file} can't be read as parquet (it does not begin with PAR1); check the file")
     import datasets
 
     try:
@@ -164,7 +174,7 @@ def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
         raise UserError(f"{file} can't be read as parquet ({_first_line(error)}); check the file") from error
 
 
-def _hub(name: str, split: str) -> Iterator[Record | Refused]:
+def _hub(name: str, split: str, flag: str) -> Iterator[Record | Refused]:
     import datasets
 
     try:
@@ -172,7 +182,7 @@ def _hub(name: str, split: str) -> Iterator[Record | Refused]:
     except Exception as error:  # no network, no such set, no such split: each its own class
         raise UserError(
             f"{name!r} is no file or folder here, and its split {split!r} can't be had from the Hub "
-            f"({_first_line(error)}); check --config.data.path, --config.data.split and the network"
+            f"({_first_line(error)}); check {flag}, --config.data.split and the network"
         ) from error
     return _table(cast(Iterable[Any], table), name)
 

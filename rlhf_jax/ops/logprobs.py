@@ -119,7 +119,7 @@ def _chunk_stats(static: _Static, logits: Array, targets: Array, used: Array) ->
     lse = jax.nn.logsumexp(logits, axis=-1)
     find = {
         "logprobs": lambda: jnp.sum(jnp.where(_hit(logits, targets), logits, 0), axis=-1) - lse,
-        "entropy": lambda: lse - jnp.sum(jnp.exp(logits - lse[..., None]) * logits, axis=-1),
+        "entropy": lambda: -jnp.sum(jnp.exp(logits - lse[..., None]) * (logits - lse[..., None]), axis=-1),
         "logsumexp": lambda: lse,
         "log_sum_sq": lambda: jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,
     }

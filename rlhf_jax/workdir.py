@@ -1,0 +1,100 @@
+"""The folder of a run: whether one may be started or resumed in it, and what it holds."""
+
+import json
+import os
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from rlhf_jax import fields, sharding
+from rlhf_jax.build import load_tokenizer
+from rlhf_jax.checkpoint import latest, restore_params
+from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.ops.layout import Layout
+
+
+def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | None:
+    """Checks that the folder may be written to, and gives the step to resume from, or None for a new run.
+
+    Errors: UserError for a folder that can't be written, one that holds a run when `resume` is False, and a
+    resumption under a config that makes it another experiment.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"workdir {str(workdir)!r} can't be written to ({reason}); give another --workdir.") from error
+    used = (workdir / "config.json").exists()
+    if used and not resume:
+        raise UserError(
+            f"workdir {str(workdir)!r} already holds a run; continue it with --resume or give another --workdir."
+        )
+    step = latest(workdir / "checkpoints") if used else None
+    if step is None:
+        return None
+    before = load_config(workdir)
+    changed = [line for line in fields.diff(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
+    if changed:
+        raise UserError(
+            f"workdir {str(workdir)!r} holds another experiment ({'; '.join(changed)}); "
+            "resume with its own config or give another --workdir."
+        )
+    return step
+
+
+def load_config(workdir: epath.Path) -> Config:
+    """The config that a run was started with. Errors: UserError if the folder holds no run."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{str(workdir)!r} holds no run (there is no config.json); give the --workdir of one.")
+    return fields.from_dict(Config, json.loads(file.read_text()), f"{file}: ")
+
+
+def last_line(file: epath.Path) -> dict[str, Any]:
+    """The last row of a JSON lines file; {} if there is none."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+class Policy(NamedTuple):
+    """A trained model with what it takes to use it."""
+
+    model: Model
+    params: Any
+    tokenizer: Any
+    step: int
+
+
+def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
+    """The model that a run holds, from its newest checkpoint or that of `step`; optimiser state is not read.
+
+    Args:
+      mesh: where to put it; None: the first device.
+    Errors: UserError if the folder holds no run, or not that checkpoint.
+    """
+    config = load_config(workdir)
+    folder = workdir / "checkpoints"
+    found = latest(folder) if step is None else step
+    if found is None or not (folder / str(found)).exists():
+        there = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+        wanted = "a whole checkpoint" if step is None else f"a checkpoint of step {step}"
+        raise UserError(f"{str(workdir)!r} does not hold {wanted}; it holds those of steps {there or 'none'}.")
+    mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
+    start = hf.folder(str(config.model.path))
+    model = hf.describe(start, config.model.numerics(), Layout(mesh))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    place = lambda keys, x: jax.ShapeDtypeStruct(  # noqa: E731
+        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, sharding.rule(sharding.path_of(keys)))
+    )
+    params = restore_params(folder, found, jax.tree_util.tree_map_with_path(place, shapes))
+    tokenizer = load_tokenizer(hf.folder(config.model.tokenizer) if config.model.tokenizer else start)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
+    return Policy(model, params, tokenizer, found)

@@ -1,0 +1,152 @@
+"""Attention back ends against each other and an oracle, and what the whole decoder must not see."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_jax.models import attention
+from rlhf_jax.models.attention import BACKENDS, BLOCK
+from rlhf_jax.models.decoder import Model, Numerics, Params, Shape
+from rlhf_jax.ops.layout import Layout
+from rlhf_jax.sharding import MeshShape, make_mesh
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+few = settings(max_examples=10, deadline=None)
+
+
+def draw(rows: int, length: int, heads: int, groups: int, size: int, seed: int = 0) -> Arrays:
+    """q, k, v and segments: several texts a row and padding at its end; scores far from uniform."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((rows, length, h, size), np.float32) for h in (heads, groups, groups))
+    cuts = np.sort(rng.integers(0, length + 1, (rows, 3)), axis=1)
+    segments = 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1)
+    return 2 * q, k, v, np.where(segments > 3, 0, segments).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "layout"))
+def attend(q: Any, k: Any, v: Any, segments: Any, *, backend: str, layout: Layout = Layout()) -> jax.Array:
+    return BACKENDS[backend](q, k, v, segments, layout)
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "layout"))
+def slopes(parts: Any, weights: Any, *, backend: str, layout: Layout = Layout()) -> tuple[jax.Array, Any]:
+    """The output, and the gradient of its weighed sum at q, k and v."""
+
+    def loss(qkv: Any) -> tuple[jax.Array, jax.Array]:
+        out = BACKENDS[backend](*qkv, parts[3], layout)
+        return jnp.sum(weights * out), out
+
+    gradient, out = jax.grad(loss, has_aux=True)(tuple(parts[:3]))
+    return out, gradient
+
+
+def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Leaf by leaf, to `tolerance` of the largest number of the leaf."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        b = np.asarray(b, np.float64)
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+
+
+def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """One query after the other in float64; query head h reads key-value head h // (H / G)."""
+    out = np.zeros(q.shape)
+    share = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = np.array([q[b, t, h].astype(np.float64) @ k[b, s, h // share] for s in seen]) / q.shape[3] ** 0.5
+        p = np.exp(scores - scores.max())
+        out[b, t, h] = sum(w * v[b, s, h // share] for w, s in zip(p / p.sum(), seen, strict=True))
+    return out
+
+
+def test_dense_is_the_oracle() -> None:
+    parts = draw(2, 12, heads=6, groups=2, size=4)
+    close(attend(*parts, backend="dense"), oracle(*parts))
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7, 17 * BLOCK])
+def test_blocked_is_dense(length: int) -> None:
+    """Value and gradient: rows shorter than a block, not a multiple of it, and of more than 16 of them."""
+    parts = draw(1 if length > 1000 else 2, length, heads=4, groups=2, size=4, seed=length)
+    weights = np.random.default_rng(1).standard_normal(parts[0].shape, np.float32)
+    close(slopes(parts, weights, backend="blocked"), slopes(parts, weights, backend="dense"))
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (3, 3)])
+def test_blocked_is_dense_for_one_group_and_for_as_many_as_heads(heads: int, groups: int) -> None:
+    parts = draw(2, BLOCK + 5, heads, groups, size=4)
+    close(attend(*parts, backend="blocked"), attend(*parts, backend="dense"))
+
+
+def test_scores_beyond_any_exponential() -> None:
+    """Scores of thousands are a maximum, not an overflow."""
+    q, k, v, segments = draw(2, BLOCK + 6, heads=4, groups=2, size=4)
+    for backend in ("dense", "blocked"):
+        out, gradient = slopes((1e4 * q, k, v, segments), np.ones_like(q), backend=backend)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((out, gradient)))
+    close(out, oracle(1e4 * q, k, v, segments), 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
+@few
+@given(place=st.integers(0, BLOCK + 15), seed=st.integers(0, 99))
+def test_only_the_past_of_the_same_segment_is_seen(backend: str, place: int, seed: int) -> None:
+    """Another key and value at one place move the later tokens of its segment and not one bit of the others."""
+    q, k, v, segments = draw(2, BLOCK + 16, heads=4, groups=2, size=4, seed=seed)
+    k2, v2 = k.copy(), v.copy()
+    k2[:, place], v2[:, place] = 1 - k[:, place], 1 - v[:, place]
+    before, after = (np.asarray(attend(q, *kv, segments, backend=backend)) for kv in ((k, v), (k2, v2)))
+    changed = (before != after).any(axis=(2, 3))
+    reached = (np.arange(BLOCK + 16) >= place)[None] & (segments == segments[:, [place]])
+    np.testing.assert_array_equal(changed & ~reached, False)
+    assert changed[:, place].all()
+
+
+@pytest.mark.parametrize("backend", ["dense", "blocked"])
+def test_every_mesh_attends_the_same(backend: str) -> None:
+    """Rows over data and fsdp, heads over tensor."""
+    parts = draw(4, BLOCK + 8, heads=4, groups=2, size=4)
+    layout = Layout(make_mesh(MeshShape(2, 2, 2)))
+    weights = np.ones_like(parts[0])
+    axes = [("rows", None, "heads", None)] * 3 + [("rows", None)]
+    placed = tuple(jax.device_put(x, layout.sharding(*names)) for x, names in zip(parts, axes, strict=True))
+    close(slopes(placed, weights, backend=backend, layout=layout), slopes(parts, weights, backend=backend))
+
+
+def test_bfloat16_keeps_its_sums_in_float32() -> None:
+    """The weighted mean of 200 equal values is that value: a bfloat16 sum of the weights would be off by more."""
+    q, k, v = (np.zeros((1, 200, 1, 4), np.float32) for _ in range(3))
+    parts = (*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v + 1)), np.ones((1, 200), np.int32))
+    for backend in ("dense", "blocked"):
+        out = attend(*parts, backend=backend)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(out, np.ones((1, 200, 1, 4)))
+
+
+def test_auto_takes_a_back_end_that_runs_here() -> None:
+    for length in (BLOCK, BLOCK + 1):
+        parts = draw(1, length, heads=2, groups=1, size=4)
+        chosen = "dense" if length <= BLOCK else "blocked"
+        np.testing.assert_array_equal(attend(*parts, backend="auto"), attend(*parts, backend=chosen))
+
+
+# ---- the TPU's kernel, interpreted
+
+
+@pytest.mark.parametrize(("length", "heads", "groups", "size"), [(128, 2, 1, 8), (150, 4, 2, 16)])
+def test_splash_is_dense(monkeypatch: pytest.MonkeyPatch, length: int, heads: int, groups: int, size: int) -> None:
+    """Value and gradient, lengths and head sizes padded to the kernel's; tests/test_tpu.py compiles it."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+
+    interpreted = functools.partial(kernels.make_splash_mqa_single_device, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mqa_single_device", interpreted)
+    parts = draw(2, length, heads, groups, size)
+    weights = np.random.default_rng(1).standard_normal(parts[0].shape, np.float32)
+    close(slopes(parts, weights, backend="splash"), slopes(parts, weights, backend="dense"), 2e-5)

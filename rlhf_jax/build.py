@@ -1,6 +1,7 @@
 """An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
 
 import inspect
+import math
 import os
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from jax.sharding import Mesh
 
-from rlhf_jax import registry, sharding
+from rlhf_jax import fields, metrics, registry, sharding
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
 from rlhf_jax.algorithms.step import Batch, Objective, Optimizer
@@ -55,14 +56,15 @@ def _loss(config: Config) -> tuple[Callable, str, dict[str, Any], dict[str, Any]
     """The loss, what it reads, its numbers and its other arguments."""
     algorithm = ALGORITHMS[config.algorithm]
     loss = registry.resolve(LOSSES, config.loss.name, "loss")
-    first = next(iter(inspect.signature(loss).parameters))
+    first = next(iter(inspect.signature(loss).parameters), "")
     columns = typing.get_type_hints(loss).get(first)
     if columns not in algorithm.READS:
         home = [name for name, module in ALGORITHMS.items() if columns in module.READS]
-        hint = f"use --config.algorithm={home[0]}" if home else f"its first argument {first} must be annotated"
+        wanted = " or ".join(f"{taken.__module__}.{taken.__name__}" for taken in algorithm.READS)
+        hint = f"use --config.algorithm={home[0]}" if home else f"annotate its first argument {first} with {wanted}"
         raise UserError(
-            f"algorithm {config.algorithm!r} can't run the loss {config.loss.name!r}; it runs "
-            f"{', '.join(algorithm.LOSSES)}; {hint}."
+            f"algorithm {config.algorithm!r} can't run the loss {config.loss.name!r}; choose --config.loss.name from "
+            f"{', '.join(algorithm.LOSSES)}, or {hint}."
         )
     values = registry.arguments("loss", loss, config.loss)
     numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
@@ -72,30 +74,58 @@ def _loss(config: Config) -> tuple[Callable, str, dict[str, Any], dict[str, Any]
     return loss, algorithm.READS[columns], numbers, options
 
 
-def _optimizer(config: Config, steps: int) -> tuple[Optimizer, dict[str, float]]:
+def _optimizer(config: Config) -> tuple[Callable[[int], Optimizer], dict[str, float]]:
+    """The optimiser for a number of steps, and its numbers."""
     section = config.optimizer
     make = registry.resolve(OPTIMIZERS, section.name, "optimizer")
     numbers = registry.arguments("optimizer", make, section)
     clip = float("inf") if section.clip_norm is None else section.clip_norm
     numbers |= {"learning_rate": section.learning_rate, "clip_norm": clip}
-    schedule = make_schedule(section.schedule, steps, section.warmup, section.decay)
-    return Optimizer(make, schedule), numbers
+    if section.decay is not None and section.schedule != "wsd":
+        raise UserError(
+            f"schedule {section.schedule!r} would ignore decay; drop --config.optimizer.decay or choose "
+            "--config.optimizer.schedule=wsd."
+        )
+    decay = 0.2 if section.decay is None else section.decay
+    return lambda steps: Optimizer(make, make_schedule(section.schedule, steps, section.warmup, decay)), numbers
 
 
-def _check_numbers(config: Config, shards: int) -> None:
+# What a number may be, and the fields that hold it to that. Every other number must be finite at least.
+ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda x: x >= 1,
+        ("train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk"),
+    ),
+    "at least 0": (
+        lambda x: x >= 0,
+        (
+            "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "data.threads",
+            "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
+        ),
+    ),
+    "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, ("optimizer.decay",)),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2", "optimizer.momentum")),
+    "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
+    "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("seed",)),
+}  # fmt: skip
+
+
+def _check_values(config: Config) -> None:
+    """Errors: UserError naming the first field whose value means nothing, and what is allowed."""
+    rules = {name: (says, test) for says, (test, names) in ALLOWED.items() for name in names}
+    for leaf in fields.leaves(config):
+        several = leaf.value if isinstance(leaf.value, tuple) else (leaf.value,)
+        numbers = [x for x in several if isinstance(x, int | float) and not isinstance(x, bool)]
+        says, test = rules.get(leaf.path, ("finite", math.isfinite))
+        if not all(math.isfinite(x) and test(x) for x in numbers):
+            raise UserError(f"--config.{leaf.path}={fields.text(leaf.value)} is not allowed; it must be {says}.")
+        if "" in several:
+            raise UserError(f"--config.{leaf.path}={fields.text(leaf.value)} is empty; give a value or drop the flag.")
+
+
+def _check_batch(config: Config, shards: int) -> None:
     train = config.train
-    for name, value, least in (
-        ("train.batch_size", train.batch_size, 1),
-        ("train.microbatches", train.microbatches, 1),
-        ("train.steps", 1 if train.steps is None else train.steps, 1),
-        ("checkpoint.every", config.checkpoint.every, 0),
-        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
-        ("evaluate.every", config.evaluate.every, 0),
-        ("optimizer.warmup", config.optimizer.warmup, 0),
-        ("optimizer.learning_rate", config.optimizer.learning_rate, 0),
-    ):
-        if value < least:
-            raise UserError(f"--config.{name}={value} is not allowed; it must be at least {least}.")
     if train.batch_size % (shards * train.microbatches):
         raise UserError(
             f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "
@@ -110,8 +140,8 @@ def load_tokenizer(folder: epath.Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(os.fspath(folder))
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # a broken tokenizer.json raises whatever its reader stumbled over
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise UserError(
             f"{folder} holds no tokenizer that transformers can read ({reason}); "
             "give one with --config.model.tokenizer=FOLDER."
@@ -123,18 +153,20 @@ def build(config: Config, workdir: epath.Path) -> Built:
 
     Errors: UserError for whatever the user can mend.
     """
+    _check_values(config)
+    metrics.check(config.log)
     loss, reads, numbers, options = _loss(config)
+    make_optimizer, rates = _optimizer(config)
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
     mesh = sharding.make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    _check_numbers(config, shards)
+    _check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
     folder = hf.folder(config.model.path)
     model = hf.describe(folder, config.model.numerics(), Layout(mesh))
     if config.model.init == "checkpoint":
         hf.check(folder, model)
     sharding.check_divides(model, mesh)
-    length = config.data.length or model.shape.length
+    length = model.shape.length if config.data.length is None else config.data.length
     if length > model.shape.length:
         raise UserError(
             f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
@@ -163,9 +195,8 @@ def build(config: Config, workdir: epath.Path) -> Built:
         buckets=config.data.buckets, weights=config.data.weights, mismatched=reads == "labelled",
     )  # fmt: skip
     steps = config.train.steps or -(-len(train) // config.train.batch_size)
-    optimizer, rates = _optimizer(config, steps)
     objective = ALGORITHMS[config.algorithm].make_objective(model, loss, reads, options)
     return Built(
-        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective, optimizer,
+        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective, make_optimizer(steps),
         {"loss": numbers, "optimizer": rates}, steps,
     )  # fmt: skip

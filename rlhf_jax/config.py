@@ -43,7 +43,7 @@ class OptimizerConfig:
         Literal["constant", "linear", "cosine", "wsd"], "shape after the warm-up; all but constant end at 0"
     ] = "linear"
     warmup: Annotated[int, "steps over which the rate rises from 0 to its peak"] = 0
-    decay: Annotated[float, "share of the steps, at their end, in which wsd falls to 0"] = 0.2
+    decay: Annotated[float | None, "share of the steps, at their end, in which wsd falls to 0; none: 0.2"] = None
     clip_norm: Annotated[float | None, "largest norm of the gradient; none: no clipping"] = 1.0
 
 

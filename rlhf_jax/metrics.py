@@ -1,6 +1,7 @@
 """Where figures go: JSON lines, TensorBoard, Weights & Biases, the terminal."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import time
@@ -36,6 +37,12 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def check(config: LogConfig) -> None:
+    """Errors: UserError for a place that can't be written to here."""
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--config.log.wandb=true needs the package wandb; run: pip install 'rlhf_jax[wandb]'.")
 
 
 class Lines:
@@ -83,12 +90,8 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: epath.Path, config: LogConfig, resolved: dict[str, Any]):
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                "--config.log.wandb=true needs the package wandb; run: pip install 'rlhf_jax[wandb]'"
-            ) from error
+        import wandb  # pyright: ignore[reportMissingImports]
+
         name = folder.name
         self._run = wandb.init(project=config.wandb_project, name=name, id=name, resume="allow", config=resolved)
 

@@ -1,7 +1,7 @@
 """What each kind of row gives to a loss that takes single answers, pairs or labelled answers."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Row, Stepwise, Text
@@ -54,7 +54,7 @@ CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Converted]] = {
 }
 NEEDS: dict[Form, str] = {
     "demonstration": "answers to imitate",
-    "pair": "pairs of a chosen and a rejected answer (in the columns prompt, chosen, rejected)",
+    "pair": "pairs of a chosen and a rejected answer",
     "labelled": "answers with a label",
 }
 HOLDS: dict[type[Row], str] = {
@@ -72,8 +72,7 @@ INSTEAD: dict[type[Row], str] = {
 }
 
 
-def impossible(path: str, columns: Iterable[str], row: type[Row], form: Form) -> str:
-    """The sentence for rows of a source, of these columns, that can't become examples of a form."""
+def impossible(path: str, columns: str, row: type[Row], form: Form) -> str:
+    """The sentence for rows of a source that can't become examples of a form; `columns` says what they lack."""
     instead = INSTEAD[row] if row in INSTEAD else "add what is missing or give other data with --config.data.path"
-    held = f"{HOLDS[row]} (in the columns {', '.join(sorted(columns))})"
-    return f"this loss needs {NEEDS[form]} and {path} holds {held}; {instead}"
+    return f"this loss needs {NEEDS[form]} and {path} holds {HOLDS[row]} ({columns}); {instead}"

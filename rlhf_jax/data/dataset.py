@@ -141,7 +141,9 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
     items: list[_Item] = []
     index = 0
     for source, path in enumerate([*config.path, *config.eval_path]):
-        more, index = _items(path, source, config, encoder.chat, form, index, notes)
+        flag = "--config.data.path" if source < len(config.path) else "--config.data.eval_path"
+        records = list(sources.read(path, config.split, flag))
+        more, index = _items(records, path, source, config, encoder.chat, form, index, notes)
         items += more
     kept = _encoded(items, encoder, length, config.too_long, notes)
     refused = tuple(notes.refused.items())
@@ -175,25 +177,33 @@ def _check(config: Data, length: int) -> None:
 
 
 def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
-    why = f"{len(report.refused)} refused, {len(report.too_long)} longer than {length} tokens, "
-    why += f"{len(report.shared) + report.evaluation} held out"
+    held = len(report.shared) + report.evaluation
+    why = f"{len(report.refused)} refused, {len(report.too_long)} longer than {length} tokens, {held} held out"
     first = f"; the first refused is {': '.join(report.refused[0])}" if report.refused else ""
-    return f"no row to train on is left of {report.read} in {', '.join(paths)}: {why}{first}"
+    mend = {
+        len(report.refused): "mend the rows",
+        len(report.too_long): "raise --config.data.length or choose --config.data.too_long=cut_prompt",
+        report.evaluation * (not report.shared): "lower --config.data.eval_share",
+        len(report.shared): "give other prompts in --config.data.eval_path",
+    }
+    return f"no row to train on is left of {report.read} in {', '.join(paths)}: {why}{first}; {mend[max(mend)]}"
 
 
 # From records to items
 
 
 def _items(
-    path: str, source: int, config: Data, chat: bool, form: Form, index: int, notes: _Notes
-) -> tuple[list[_Item], int]:
+    records: Sequence[sources.Record | sources.Refused], path: str, source: int, config: Data, chat: bool,
+    form: Form, index: int, notes: _Notes,
+) -> tuple[list[_Item], int]:  # fmt: skip
     """The items of one source, numbered from `index`, and the next free number."""
-    records = list(sources.read(path, config.split))
     notes.read += len(records)
     name = _format(path, records, config.format)
     kind = formats.FORMATS[name].row
     if (kind, form) not in CONVERSIONS:
-        raise UserError(impossible(path, kind, form))
+        kinds = [row for row, wanted in CONVERSIONS if wanted == form]
+        columns = [record.columns for record in records if isinstance(record, sources.Record)]
+        raise UserError(impossible(path, formats.lacking(kinds, columns[:FIRST_ROWS]), kind, form))
     items: list[_Item] = []
     for record in records:
         try:
@@ -214,7 +224,10 @@ def _format(path: str, records: Sequence[sources.Record | sources.Refused], want
     columns = [record.columns for record in records if isinstance(record, sources.Record)]
     if not columns:
         bad = next(record for record in records if isinstance(record, sources.Refused))
-        raise UserError(f"none of the {len(records)} rows of {path} can be read; {bad.where}: {bad.reason}")
+        raise UserError(
+            f"none of the {len(records)} rows of {path} can be read ({bad.where}: {bad.reason}); give JSON Lines, "
+            "an object of columns a line, or a file with the suffix of what it is"
+        )
     if wanted == "auto":
         return formats.detect(columns[:FIRST_ROWS], path)
     formats.check(wanted, columns, path)

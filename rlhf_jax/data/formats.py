@@ -90,6 +90,14 @@ def check(name: str, records: Sequence[Columns], where: str) -> None:
         )
 
 
+def lacking(kinds: Sequence[type[Row]], records: Sequence[Columns]) -> str:
+    """Which columns stand in the records, and which the nearest format of one of the kinds of row needs besides."""
+    found = _names(records)
+    lacks = {name: [c for c in form.columns if c not in found] for name, form in FORMATS.items() if form.row in kinds}
+    nearest = min(lacks, key=lambda name: len(lacks[name]))
+    return f"it has the columns {_listed(found)}, and the format {nearest} also needs {_listed(lacks[nearest])}"
+
+
 def adapt(name: str, columns: Columns, chat: bool) -> Row:
     """One record as a row of format `name`.
 

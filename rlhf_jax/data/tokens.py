@@ -105,6 +105,7 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._template = tokenizer.chat_template if chat_template is None else _file(chat_template)
+        self._named = "of the tokenizer" if chat_template is None else chat_template
         self.chat: bool = self._template is not None
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -210,7 +211,7 @@ class Encoder:
                 tokenize=False,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template is not valid Jinja ({error}); mend it") from error
+            raise UserError(f"the chat template {self._named} is not valid Jinja ({error}); mend it") from error
         except (jinja2.TemplateError, ValueError, TypeError, IndexError, KeyError) as error:
             raise Refusal(f"the chat template fails on the row ({error or type(error).__name__})") from error
 

@@ -114,7 +114,7 @@ def stage(algorithm: str, loss: str, model: epath.Path, init: str, rows: epath.P
     return Config(
         algorithm=algorithm,  # pyright: ignore[reportArgumentType]
         model=ModelConfig(path=os.fspath(model), init=init),  # pyright: ignore[reportArgumentType]
-        data=Data(path=(os.fspath(rows),), buckets=(64,)),
+        data=Data(path=(os.fspath(rows),), buckets=(32,)),
         loss=Loss(name=loss),
         optimizer=OptimizerConfig(learning_rate=rate, schedule="cosine", warmup=10),
         train=Train(steps=steps, batch_size=16),
@@ -130,7 +130,7 @@ def preferences(policy: Policy, pairs: epath.Path) -> tuple[float, int, float]:
     examples = dataset.load(data, Encoder(policy.tokenizer), "pair", length, seed=0).train
     measure = jax.jit(lambda params, rows: completion_logprobs(policy.model, params, rows))
     logprob, tokens = [], []
-    for rows in once(examples, batch_size=20, length=length, buckets=(64,)):
+    for rows in once(examples, batch_size=20, length=length, buckets=(32,)):
         placed = sharding.place_rows(rows, policy.model.layout.mesh)  # pyright: ignore[reportArgumentType]
         for kept, values in zip((logprob, tokens), measure(policy.params, placed), strict=True):
             kept.append(np.asarray(values, np.float64)[rows["weight"] > 0])

@@ -197,6 +197,6 @@ def build(config: Config, workdir: epath.Path) -> Built:
     steps = config.train.steps or -(-len(train) // config.train.batch_size)
     objective = ALGORITHMS[config.algorithm].make_objective(model, loss, reads, options)
     return Built(
-        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective, make_optimizer(steps),
-        {"loss": numbers, "optimizer": rates}, steps,
+        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective,
+        make_optimizer(steps), {"loss": numbers, "optimizer": rates}, steps,
     )  # fmt: skip

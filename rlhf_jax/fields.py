@@ -64,9 +64,7 @@ def _scalar(scalar: type, allowed: str, parser: flags.ArgumentParser) -> Kind:
             raise ValueError(value)
         return value
 
-    return Kind(
-        allowed=allowed, read=lambda text: check(parser.parse(text)), check=check, boolean=scalar is bool
-    )
+    return Kind(allowed=allowed, read=lambda text: check(parser.parse(text)), check=check, boolean=scalar is bool)
 
 
 SCALARS = {
@@ -167,9 +165,7 @@ def to_dict(section: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass instance as JSON has them: nested dicts, tuples as lists."""
 
     def plain(value: Any) -> Any:
-        return (
-            to_dict(value) if dataclasses.is_dataclass(value) else [*value] if type(value) is tuple else value
-        )
+        return to_dict(value) if dataclasses.is_dataclass(value) else [*value] if type(value) is tuple else value
 
     return {field.name: plain(field.value) for field in declared(section)}
 
@@ -184,9 +180,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "", path: st
     for name in values:
         if name not in fields:
             near = fields[nearest(name, fields)].path
-            raise UserError(
-                f"{where}there is no field {f'{path}.{name}'.lstrip('.')}; the nearest is {near}."
-            )
+            raise UserError(f"{where}there is no field {f'{path}.{name}'.lstrip('.')}; the nearest is {near}.")
     for name, field in fields.items():
         if name not in values and field.value is MISSING:
             raise UserError(f"{where}the field {field.path} is missing, and it has no default.")

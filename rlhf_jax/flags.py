@@ -79,12 +79,8 @@ def load(spec: str) -> Any:
     if not variant:
         return get_config()
     if variant[1:] not in variants:
-        near = (
-            f"the nearest is {nearest(variant[1:], variants)!r} of {', '.join(variants)}" if variants else ""
-        )
-        raise UserError(
-            f"{name} has no variant {variant[1:]!r}; {near or f'it has none, so pass {name} alone'}."
-        )
+        near = f"the nearest is {nearest(variant[1:], variants)!r} of {', '.join(variants)}" if variants else ""
+        raise UserError(f"{name} has no variant {variant[1:]!r}; {near or f'it has none, so pass {name} alone'}.")
     return get_config(variant[1:])
 
 

@@ -39,9 +39,7 @@ def generated(registry: Mapping[str, Callable]) -> Callable[[type], Any]:
             bare, default = bare_type(parameter.annotation), parameter.default
             kind(bare, f"{name} of {entry}")
             if kinds.setdefault(name, bare) != bare:
-                raise TypeError(
-                    f"{name} is {bare} in {entry}, but {kinds[name]} in {', '.join(read_by[name])}"
-                )
+                raise TypeError(f"{name} is {bare} in {entry}, but {kinds[name]} in {', '.join(read_by[name])}")
             shown = "required" if default is inspect.Parameter.empty else text(default)
             read_by.setdefault(name, []).append(f"{entry} ({shown})")
 

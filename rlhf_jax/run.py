@@ -124,6 +124,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
         if the run is finished.
     Errors: UserError, before anything is compiled, for whatever the user can mend.
     """
+    if not workdir:
+        raise UserError("--workdir is empty; give the folder that the run writes to.")
     place = epath.Path(os.path.expanduser(workdir))
     step = open_workdir(place, config, resume)
     if step is not None and config.train.steps is not None and step >= config.train.steps:
@@ -132,7 +134,9 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     if step is not None and step >= built.steps:
         return _finished(place, step)
     if jax.process_index() == 0:
-        (place / "config.json").write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
+        part = place / "config.json.part"  # so that a kill leaves the whole file or none
+        part.write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
+        part.replace(place / "config.json")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
     announce(built)
     return Run(built, step).train()

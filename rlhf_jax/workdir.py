@@ -23,23 +23,19 @@ def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | Non
     Errors: UserError for a folder that can't be written, one that holds a run when `resume` is False, and a
     resumption under a config that makes it another experiment.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".probe"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"workdir {str(workdir)!r} can't be written to ({reason}); give another --workdir.") from error
-    used = (workdir / "config.json").exists()
-    if used and not resume:
+    check_writable(workdir, "workdir", "--workdir")
+    if config.algorithm == "preference":  # it keeps reference columns there
+        check_writable(epath.Path(os.path.expanduser(config.cache)), "cache", "--config.cache")
+    if not (workdir / "config.json").exists():
+        return None
+    before = load_config(workdir)  # of a run, not of a model whose folder was given
+    step = latest(workdir / "checkpoints")
+    if not resume and (step is not None or last_line(workdir / "metrics.jsonl")):
         raise UserError(
             f"workdir {str(workdir)!r} already holds a run; continue it with --resume or give another --workdir."
         )
-    step = latest(workdir / "checkpoints") if used else None
     if step is None:
         return None
-    before = load_config(workdir)
     changed = [line for line in fields.diff(before, config) if not line.startswith(MAY_CHANGE_ON_RESUME)]
     if changed:
         raise UserError(
@@ -49,12 +45,34 @@ def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | Non
     return step
 
 
+def check_writable(folder: epath.Path, what: str, flag: str) -> None:
+    """Makes the folder if need be. Errors: UserError where it can't be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink(missing_ok=True)  # another process may have been faster
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{what} {str(folder)!r} lies on a file, which is no folder; give another {flag}.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{what} {str(folder)!r} can't be written to ({reason}); give another {flag}.") from error
+    except ImportError as error:  # gs:// needs a package of its own
+        raise UserError(f"{what} {str(folder)!r} needs a package ({error}); install it or change {flag}.") from error
+
+
 def load_config(workdir: epath.Path) -> Config:
     """The config that a run was started with. Errors: UserError if the folder holds no run."""
     file = workdir / "config.json"
     if not file.exists():
         raise UserError(f"{str(workdir)!r} holds no run (there is no config.json); give the --workdir of one.")
-    return fields.from_dict(Config, json.loads(file.read_text()), f"{file}: ")
+    try:
+        values = json.loads(file.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or "algorithm" not in values:
+        raise UserError(f"{file} is not the config of a run; give another --workdir.")
+    return fields.from_dict(Config, values, f"{file}: ")
 
 
 def last_line(file: epath.Path) -> dict[str, Any]:

@@ -172,9 +172,7 @@ def test_every_type_of_leaf_is_read(file, flag, section, value):
 
 
 def test_the_negated_boolean_and_the_spaced_value_of_absl_work(file):
-    program = parse(
-        "--config", file, "--noconfig.data.shuffle", "--config.seed", "8", "--workdir", "w", "--resume"
-    )
+    program = parse("--config", file, "--noconfig.data.shuffle", "--config.seed", "8", "--workdir", "w", "--resume")
     assert (program.config.data.shuffle, program.config.seed) == (False, 8)
     assert (program.workdir, program.resume) == ("w", True)
 
@@ -245,17 +243,10 @@ def test_missing_files_and_variants_name_the_nearest(file, tmp_path):
         f"there is no config file '{tmp_path}/dpp.py'; the nearest is {tmp_path}/dpo.py."
     )
     assert f"the nearest is {file}" in refused(f"--config={tmp_path}/dpo")
-    assert (
-        refused("--config=nowhere/dpo.py") == "there is no config file 'nowhere/dpo.py'; nowhere holds none."
-    )
-    assert refused(f"--config={file}:tny") == (
-        f"{file} has no variant 'tny'; the nearest is 'tiny' of default, tiny."
-    )
+    assert refused("--config=nowhere/dpo.py") == "there is no config file 'nowhere/dpo.py'; nowhere holds none."
+    assert refused(f"--config={file}:tny") == (f"{file} has no variant 'tny'; the nearest is 'tiny' of default, tiny.")
     pathlib.Path(file).write_text("def get_config(): ...")
-    assert (
-        refused(f"--config={file}:tiny")
-        == f"{file} has no variant 'tiny'; it has none, so pass {file} alone."
-    )
+    assert refused(f"--config={file}:tiny") == f"{file} has no variant 'tiny'; it has none, so pass {file} alone."
     pathlib.Path(file).write_text("")
     assert refused(f"--config={file}").startswith(f"{file} has no function get_config")
 

@@ -18,6 +18,7 @@ from rlhf_jax.sharding import MeshShape, make_mesh
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 few = settings(max_examples=10, deadline=None)
+QUICK = {"xla_backend_optimization_level": 0}  # the compiler would take most of the time
 
 
 def draw(rows: int, length: int, heads: int, groups: int, size: int, seed: int = 0) -> Arrays:
@@ -29,12 +30,12 @@ def draw(rows: int, length: int, heads: int, groups: int, size: int, seed: int =
     return 2 * q, k, v, np.where(segments > 3, 0, segments).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "layout"))
+@functools.partial(jax.jit, static_argnames=("backend", "layout"), compiler_options=QUICK)
 def attend(q: Any, k: Any, v: Any, segments: Any, *, backend: str, layout: Layout = Layout()) -> jax.Array:
     return BACKENDS[backend](q, k, v, segments, layout)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "layout"))
+@functools.partial(jax.jit, static_argnames=("backend", "layout"), compiler_options=QUICK)
 def slopes(parts: Any, weights: Any, *, backend: str, layout: Layout = Layout()) -> tuple[jax.Array, Any]:
     """The output, and the gradient of its weighed sum at q, k and v."""
 
@@ -174,23 +175,25 @@ def params_of(shape: Shape = SHAPE) -> Params:
     return jax.tree.map(lambda x: 0.4 * rng.standard_normal(x.shape, np.float32) + 0.2, shapes)
 
 
-def rows_of(texts: list[np.ndarray], length: int, packed: bool = False, seed: int = 0) -> Rows:
-    """Texts as rows of their own, or after each other in one row; padding holds any tokens at any position."""
+TEXTS = [np.random.default_rng(n).integers(0, SHAPE.vocab, size) for n, size in enumerate((20, 1, 13))]
+LENGTH = 37
+
+
+def rows_of(length: int = LENGTH, packed: bool = False, seed: int = 0) -> Rows:
+    """TEXTS as rows of their own, or after each other in the first; padding has any tokens and positions."""
     rng = np.random.default_rng(seed)
-    count = 1 if packed else len(texts)
-    tokens, positions = rng.integers(0, SHAPE.vocab, (count, length)), rng.integers(0, 200, (count, length))
-    segments = np.zeros((count, length), int)
-    place = 0
-    for number, text in enumerate(texts):
-        row, start = (0, place) if packed else (number, 0)
-        span = slice(start, start + len(text))
-        tokens[row, span], positions[row, span], segments[row, span] = text, np.arange(len(text)), number + 1
-        place += len(text)
+    sizes = len(TEXTS), length
+    tokens, positions, segments = rng.integers(0, SHAPE.vocab, sizes), rng.integers(0, 200, sizes), np.zeros(sizes, int)
+    start = 0
+    for number, text in enumerate(TEXTS):
+        at = (0, slice(start, start + len(text))) if packed else (number, slice(len(text)))
+        tokens[at], positions[at], segments[at] = text, np.arange(len(text)), number + 1
+        start += len(text)
     columns = {"tokens": tokens, "positions": positions, "segments": segments}
     return {name: x.astype(np.int32) for name, x in columns.items()} | {"mask": segments > 0}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def say(model: Model, params: Params, rows: Rows) -> tuple[jax.Array, Params]:
     """The log-probability of each token, and the gradient of their sum of squares."""
 
@@ -202,54 +205,54 @@ def say(model: Model, params: Params, rows: Rows) -> tuple[jax.Array, Params]:
     return logprobs, gradient
 
 
-def texts(*lengths: int, seed: int = 0) -> list[np.ndarray]:
-    return [np.random.default_rng([seed, n]).integers(0, SHAPE.vocab, size) for n, size in enumerate(lengths)]
-
-
 def test_padding_changes_nothing() -> None:
     """Nor what it holds, nor that longer rows take another back end."""
     model, params = Model(SHAPE), params_of()
-    logprobs, gradient = say(model, params, rows_of(texts(30, 17, 1), 30))
+    logprobs, gradient = say(model, params, rows_of())
     assert not np.asarray(logprobs)[:, 0].any()
-    for length, seed in ((37, 1), (37, 2), (BLOCK + 20, 3)):
-        longer, slope = say(model, params, rows_of(texts(30, 17, 1), length, seed=seed))
-        close(longer, np.pad(logprobs, ((0, 0), (0, length - 30))))
+    for length in (LENGTH, BLOCK + 20):
+        longer, slope = say(model, params, rows_of(length, seed=1))
+        close(longer, np.pad(logprobs, ((0, 0), (0, length - LENGTH))))
         close(slope, gradient)
 
 
 def test_packed_texts_are_rows_of_their_own() -> None:
-    model, params, parts = Model(SHAPE), params_of(), texts(13, 1, 16, 7)
-    apart, gradient = say(model, params, rows_of(parts, 37))
-    packed, slope = say(model, params, rows_of(parts, 37, packed=True))
-    close(packed[0], np.concatenate([np.asarray(row)[: len(text)] for row, text in zip(apart, parts, strict=True)]))
+    model, params = Model(SHAPE), params_of()
+    (apart, gradient), (packed, slope) = (say(model, params, rows_of(packed=packed)) for packed in (False, True))
+    alone = np.concatenate([np.asarray(row)[: len(text)] for row, text in zip(apart, TEXTS, strict=True)])
+    close(packed[0, : len(alone)], alone)
     close(slope, gradient)
 
 
 def test_what_comes_later_is_not_seen() -> None:
-    """One token more or less of the other's text cannot move a bit of what was said before it."""
-    model, params = Model(SHAPE), params_of()
-    rows = rows_of(texts(30, 17, 1), 37)
-    other = rows | {"tokens": np.where(np.arange(37)[None] < 11, rows["tokens"], 39 - rows["tokens"])}
-    (before, _), (after, _) = say(model, params, rows), say(model, params, other)
+    """Other tokens from place 11 on do not move one bit of what was said before them."""
+    model, params, rows = Model(SHAPE), params_of(), rows_of()
+    tokens = np.where(np.arange(LENGTH)[None] < 11, rows["tokens"], 39 - rows["tokens"])
+    before, after = (np.asarray(say(model, params, rows | {"tokens": x})[0]) for x in (rows["tokens"], tokens))
     np.testing.assert_array_equal(before[:, :11], after[:, :11])
-    assert (np.asarray(before)[:2, 11:17] != np.asarray(after)[:2, 11:17]).all()
+    assert (before[0, 11:20] != after[0, 11:20]).all()
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat: Any) -> None:
-    params, rows = params_of(), rows_of(texts(30, 17, 1), 37)
+    params, rows = params_of(), rows_of()
     close(say(Model(SHAPE, Numerics(remat=remat)), params, rows), say(Model(SHAPE), params, rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_block(model: Model, layer: Params, x: jax.Array, *context: jax.Array) -> jax.Array:
+    block = Block(model.shape, model.numerics, model.layout)
+    return block.apply({"params": layer}, x, context)[0]  # type: ignore[index]
 
 
 def test_the_scan_runs_the_layers_in_order() -> None:
     """The stack against its layers one after the other."""
-    model, params, rows = Model(SHAPE), params_of(), rows_of(texts(30, 17, 1), 37)
-    got = model.apply(params, *(jnp.asarray(rows[name]) for name in ("tokens", "segments", "positions")))
-    turn = angles(SHAPE.rope, SHAPE.head_dim, jnp.asarray(rows["positions"]))
-    x = jnp.asarray(params["embedding"])[rows["tokens"]]
+    model, params, rows = Model(SHAPE), params_of(), rows_of()
+    tokens, segments, positions = (jnp.asarray(rows[name]) for name in ("tokens", "segments", "positions"))
+    got = jax.jit(model.apply)(params, tokens, segments, positions)
+    x = params["embedding"][tokens]
     for i in range(SHAPE.layers):
         layer = jax.tree.map(lambda stack, i=i: stack[i], params["layers"])
-        block = Block(SHAPE, model.numerics, model.layout)
-        x, _ = block.apply({"params": layer}, x, (jnp.asarray(rows["segments"]), *turn))  # type: ignore[misc]
+        x = run_block(model, layer, x, segments, *angles(SHAPE.rope, SHAPE.head_dim, positions))
     x = np.asarray(x, np.float64)
     close(got, x / np.sqrt(np.square(x).mean(-1, keepdims=True) + SHAPE.norm_eps) * params["final_norm"])

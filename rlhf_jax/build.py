@@ -113,15 +113,17 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 
 def _check_values(config: Config) -> None:
     """Errors: UserError naming the first field whose value means nothing, and what is allowed."""
+    finite = "finite", math.isfinite
     rules = {name: (says, test) for says, (test, names) in ALLOWED.items() for name in names}
     for leaf in fields.leaves(config):
         several = leaf.value if isinstance(leaf.value, tuple) else (leaf.value,)
         numbers = [x for x in several if isinstance(x, int | float) and not isinstance(x, bool)]
-        says, test = rules.get(leaf.path, ("finite", math.isfinite))
-        if not all(math.isfinite(x) and test(x) for x in numbers):
-            raise UserError(f"--config.{leaf.path}={fields.text(leaf.value)} is not allowed; it must be {says}.")
+        given = f"--config.{leaf.path}={fields.text(leaf.value)}"
+        for says, test in (finite, rules.get(leaf.path, finite)):
+            if not all(map(test, numbers)):
+                raise UserError(f"{given} is not allowed; it must be {says}.")
         if "" in several:
-            raise UserError(f"--config.{leaf.path}={fields.text(leaf.value)} is empty; give a value or drop the flag.")
+            raise UserError(f"{given} is empty; give a value or drop the flag.")
 
 
 def _check_batch(config: Config, shards: int) -> None:

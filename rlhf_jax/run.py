@@ -238,7 +238,14 @@ class Run:
             yield number, self._place(rows)
 
     def train(self) -> Result:
-        """Runs to the last step; returns the last figures."""
+        """Runs to the last step; returns the last figures. Whatever ends it, the checkpoint under way is finished."""
+        try:
+            return self._train()
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+
+    def _train(self) -> Result:
         built, config = self.built, self.built.config
         feed, queue = self._feed(), iter(self.pending)
         step, last, row = int(self.state.step), None, {}
@@ -266,8 +273,6 @@ class Run:
                 host = {"position": self.position, "tokens": self.tokens, "evaluated": self.evaluated}
                 host["data"] = built.data.fingerprint
                 self.checkpoints.save(step, self.state, host, rest, self.evaluated)
-        self.checkpoints.close()
-        self.log.close()
         return Result(self.state, row, self.evaluated)
 
     def _write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:

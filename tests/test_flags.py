@@ -1,105 +1,20 @@
-"""Flags and configs: what is written is what is read, and every mistake ends in one sentence."""
+"""Flags: what is written is what is read, and every mistake ends in one sentence."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import subprocess
 import sys
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rlhf_jax import fields, flags, registry
+from rlhf_jax import fields, flags
 from rlhf_jax.errors import UserError
-
-
-def dpo(pair: Any, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Any: ...
-
-
-def ipo(
-    pair: Any,
-    *,
-    beta: Annotated[float, "1/nats"] = 0.1,
-    length_normalised: bool = True,
-    form: Literal["a", "b"] = "a",
-) -> Any: ...
-
-
-def bare(pair: Any, *, scale: int) -> Any: ...
-
-
-LOSSES = {"dpo": dpo, "ipo": ipo, "bare": bare}
-
-
-@registry.generated(LOSSES)
-class Loss:
-    """Which loss, and what it reads. More text."""
-
-    name: str = "dpo"
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    """The innermost."""
-
-    depth: Annotated[int, "how deep"] = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    path: Annotated[tuple[str, ...], "files"] = ()
-    shares: tuple[float, ...] = (1.0,)
-    too_long: Annotated[Literal["cut_prompt", "refuse", "stop"], "what becomes of long rows"] = "cut_prompt"
-    length: Annotated[int | None, "tokens"] = 256
-    shuffle: bool = True
-    pack: bool | None = None
-    inner: Inner = Inner()
-
-
-@dataclasses.dataclass(frozen=True)
-class Train:
-    steps: Annotated[int, "optimiser updates"] = 100
-    rate: Annotated[float, "learning rate"] = 1e-3
-    warmup: int = 0
-
-    def __post_init__(self) -> None:
-        if self.warmup > self.steps:
-            raise UserError(f"train.warmup is {self.warmup}, more than train.steps, {self.steps}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    seed: Annotated[int, "of everything random"] = 0
-    data: Data = Data()
-    loss: Loss = Loss()
-    train: Annotated[Train, "the loop"] = Train()
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Trains a policy."""
-
-    config: Config
-    workdir: Annotated[str | None, "where the run writes"] = None
-    resume: Annotated[bool, "continue"] = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Alone:
-    out: Annotated[str, "the folder to write"]
-    count: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaulted:
-    config: Config = Config(seed=7)
-
+from tests.toy import Alone, Config, Data, Defaulted, Loss, Program, Train
 
 FILE = """
-from test_flags import Config, Data, Train
+from tests.toy import Config, Data, Train
 VARIANTS = {"default": 100, "tiny": 20}
 def get_config(variant: str = "default"):
     return Config(seed=5, train=Train(steps=VARIANTS[variant], rate=1), data=Data(path=["a.jsonl"]))
@@ -107,8 +22,7 @@ def get_config(variant: str = "default"):
 
 
 @pytest.fixture
-def file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(sys.modules, "test_flags", sys.modules[__name__])
+def file(tmp_path: pathlib.Path) -> str:
     (tmp_path / "dpo.py").write_text(FILE)
     (tmp_path / "sft.py").write_text(FILE)
     return str(tmp_path / "dpo.py")
@@ -311,144 +225,6 @@ def test_every_value_that_help_shows_can_be_typed(file):
     config = parse(f"--config={file}").config
     typed = [f"--{leaf.path}={fields.text(leaf.value)}" for leaf in fields.leaves(config, "config")]
     assert parse("--config.seed=99", *typed, program=Defaulted).config == config
-
-
-def test_a_loss_is_found_by_name_or_from_outside():
-    assert registry.resolve(LOSSES, "ipo", "loss") is ipo
-    assert registry.resolve(LOSSES, "math:sqrt", "loss") is math.sqrt
-    for name, message in {
-        "ipp": "there is no loss 'ipp'; the nearest is 'ipo'. Choose one of dpo, ipo, bare, or "
-        "my_pkg.module:function from outside.",
-        "no_such_pkg.losses:mine": "loss 'no_such_pkg.losses:mine': there is no module 'no_such_pkg' on",
-        "math:sqr": "loss 'math:sqr': the module 'math' has no function 'sqr'; the nearest is 'sqrt'.",
-        "math:pi": "loss 'math:pi': the module 'math' has no function 'pi'; the nearest is",
-        "math:": "there is no loss 'math:'; the nearest is",
-    }.items():
-        with pytest.raises(UserError) as caught:
-            registry.resolve(LOSSES, name, "loss")
-        assert str(caught.value).startswith(message)
-
-
-def test_a_fault_inside_an_outside_module_is_not_hidden(tmp_path, monkeypatch):
-    (tmp_path / "outside_losses.py").write_text("import no_such_dependency")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        registry.resolve(LOSSES, "outside_losses:mine", "loss")
-
-
-def test_arguments_are_the_defaults_and_then_the_fields_set():
-    assert registry.arguments("loss", dpo, Loss()) == {"beta": 0.1, "label_smoothing": 0.0}
-    assert registry.arguments("loss", ipo, Loss(name="ipo", beta=0.3, length_normalised=False)) == {
-        "beta": 0.3,
-        "length_normalised": False,
-        "form": "a",
-    }
-    assert registry.arguments("loss", bare, Loss(name="bare", scale=0)) == {"scale": 0}
-
-
-def test_a_hyper_parameter_that_the_loss_does_not_read_is_refused():
-    with pytest.raises(UserError) as caught:
-        registry.arguments("loss", ipo, Loss(name="ipo", label_smoothing=0.1))
-    assert str(caught.value) == (
-        "loss 'ipo' would ignore label_smoothing; it takes beta, length_normalised, form. "
-        "Drop --config.loss.label_smoothing or choose another --config.loss.name."
-    )
-    with pytest.raises(UserError, match=r"^loss 'bare' needs scale; pass --config.loss.scale.$"):
-        registry.arguments("loss", bare, Loss(name="bare"))
-
-
-def test_a_registry_that_no_config_can_describe_is_an_error_at_import():
-    def other(pair: Any, *, beta: int = 1) -> Any: ...
-    def untyped(pair: Any, *, beta=1) -> Any: ...
-    def unflagged(pair: Any, *, beta: Any = 1) -> Any: ...
-
-    with pytest.raises(TypeError, match="beta is .*int.* in other, but .*float.* in dpo"):
-        registry.generated({"dpo": dpo, "other": other})
-    for function in (untyped, unflagged):
-        with pytest.raises(TypeError, match="beta of mine"):
-            registry.generated({"mine": function})
-    with pytest.raises(TypeError, match="must default to one of dpo"):
-        registry.generated({"dpo": dpo})(type("Loss", (), {"name": "ipo"}))
-
-
-def test_a_generated_section_may_have_fields_of_its_own():
-    def adamw(rate: float, *, b1: float = 0.9) -> Any: ...
-
-    @registry.generated({"adamw": adamw})
-    class Optimizer:
-        name: str = "adamw"
-        rate: Annotated[float, "per update"] = 1e-3
-
-    assert registry.arguments("optimizer", adamw, Optimizer(rate=1.0)) == {"b1": 0.9}
-    assert [leaf.path for leaf in fields.leaves(Optimizer())] == ["name", "rate", "b1"]
-
-
-finite = st.floats(allow_nan=False)
-words = st.text()
-configs = st.builds(
-    Config,
-    seed=st.integers(),
-    data=st.builds(
-        Data,
-        path=st.lists(words).map(tuple),
-        shares=st.lists(finite).map(tuple),
-        too_long=st.sampled_from(["cut_prompt", "refuse", "stop"]),
-        length=st.none() | st.integers(),
-        shuffle=st.booleans(),
-        pack=st.none() | st.booleans(),
-        inner=st.builds(Inner, depth=st.integers()),
-    ),
-    loss=st.builds(
-        Loss,
-        name=words,
-        beta=st.none() | finite,
-        label_smoothing=st.none() | finite,
-        form=st.none() | st.sampled_from(["a", "b"]),
-    ),
-    train=st.builds(Train, rate=finite),
-)
-
-
-@settings(deadline=None)
-@given(configs)
-def test_a_config_survives_json(config):
-    saved = json.loads(json.dumps(fields.to_dict(config)))
-    again = fields.from_dict(Config, saved)
-    assert again == config and fields.diff(config, again) == []
-    assert fields.to_dict(again) == saved
-
-
-@settings(deadline=None)
-@given(configs, configs)
-def test_diff_is_empty_only_for_equals(a, b):
-    assert (fields.diff(a, b) == []) == (a == b)
-    assert len(fields.diff(a, b)) == len(fields.diff(b, a))
-
-
-def test_diff_names_the_field_and_both_values():
-    changed = Config(seed=1, data=Data(path=("a", "b"), length=None))
-    lines = ["seed: 0 -> 1", "data.path:  -> a,b", "data.length: 256 -> none"]
-    assert fields.diff(Config(), changed) == lines
-
-
-def test_from_dict_refuses_what_it_does_not_know_and_keeps_the_defaults_of_what_is_absent():
-    assert fields.from_dict(Config, {"train": {"steps": 3}}) == Config(train=Train(steps=3))
-    for values, message in (
-        ({"train": {"step": 3}}, "there is no field train.step; the nearest is train.steps."),
-        ({"train": 3}, "train is 3, but it is a section with fields."),
-        ({"train": {"steps": True}}, "train.steps is True, but it takes an int."),
-        ({"train": {"steps": "3"}}, "train.steps is '3', but it takes an int."),
-        (
-            {"data": {"path": "a,b"}},
-            "data.path is 'a,b', but it takes values with commas between, each a string.",
-        ),
-        ({"data": {"too_long": "x"}}, "data.too_long is 'x', but it takes one of cut_prompt, refuse, stop."),
-    ):
-        with pytest.raises(UserError) as caught:
-            fields.from_dict(Config, values, "config.json: ")
-        assert str(caught.value) == f"config.json: {message}"
-    with pytest.raises(UserError, match="the field out is missing"):
-        fields.from_dict(Alone, {})
 
 
 def test_a_leaf_of_a_type_without_a_flag_is_a_fault_of_the_program():

@@ -22,6 +22,7 @@ LEARNT = ("hidden", "kernel", "bias")
 B, T, D, V = 8, 6, 4, 12  # one shape for nearly all tests, so that they share what was compiled
 few = settings(max_examples=10, deadline=None)
 masks = hnp.arrays(np.bool_, (B, T))
+QUICK = {"xla_backend_optimization_level": 0}  # the compiler would take most of the time
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -99,7 +100,7 @@ def numeric_gradient(p: Problem, field: str, **how: Any) -> np.ndarray:
 STATIC = ("soft_cap", "with_bias", "want", "chunk", "layout")
 
 
-@functools.partial(jax.jit, static_argnames=STATIC)
+@functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
 def run(
     p: Problem, *, with_bias: bool = True, want: tuple[Stat, ...] = WANT, chunk: int = 16, **how
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -178,7 +178,7 @@ def test_the_first_step_on_real_rows_and_a_real_model(shared, stories, tmp_path_
     config = make_config(
         tmp_path_factory.getbasetemp(), loss,
         model=ModelConfig(path=str(stories)),
-        data=Data(path=(str(shared / "data/hh-harmless-base/valid.jsonl"),), length=128, buckets=(128,)),
+        data=Data(path=(str(shared / "data/hh-harmless-base/valid.jsonl"),), length=128, buckets=(128,), eval_share=0.2),
         train=Train(steps=3, batch_size=8), evaluate=Evaluate(every=0, rows=8),
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp(loss)

@@ -50,13 +50,20 @@ def folder(name: str) -> epath.Path:
         ) from error
 
 
+def _json(file: epath.Path) -> Any:
+    """What a JSON file says. Errors: UserError naming a file that isn't whole."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not whole JSON ({error}); fetch it again.") from error
+
+
 def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: Layout = Layout()) -> Model:
     """The model that a folder's config.json tells of, without its weights."""
     file = epath.Path(path) / "config.json"
     if not file.exists():
         raise UserError(f"model folder {str(path)!r} holds no config.json; give a Hugging Face model folder.")
-    text = file.read_text()
-    config = json.loads(text)
+    config = _json(file)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"model family {kind!r} of {file} is not supported; supported are {', '.join(FAMILIES)}.")
@@ -66,7 +73,7 @@ def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: La
         raise UserError(f"{file}: {error}") from error
     except KeyError as error:
         raise UserError(f"{file} lacks the field {error}, which a {kind} config must have.") from error
-    return Model(shape, numerics, layout, source=text)
+    return Model(shape, numerics, layout, source=file.read_text())
 
 
 def _weights(model: Model) -> tuple[Weight, ...]:
@@ -100,7 +107,7 @@ class _Files:
         files = sorted(path.glob("*.safetensors"))
         index = path / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(_json(index)["weight_map"].values()))
             files = [path / name for name in names]
         if not files:
             raise UserError(
@@ -191,10 +198,14 @@ def write(
 ) -> None:
     """Writes config.json and safetensors (sharded with an index above `shard_bytes`) that transformers loads.
 
-    One file's tensors are in memory at a time. `fetch` brings a leaf, or a layer of it, to the host.
+    One file's tensors are in memory at a time. `fetch` brings a leaf, or a layer of it, to the host. A model
+    that was written here before is replaced.
     """
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"):
+        for older in path.glob(name):  # of another number of files, it would be read in the new one's place
+            older.unlink()
     leaves = _leaves(params)
     kind = np.dtype(dtype or model.numerics.param_dtype)
     expected = _expected(model)

@@ -1,0 +1,55 @@
+"""The project's jitted programs from shapes alone, lowered as `run` would run them: to compile, not to execute."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ALGORITHMS, preference
+from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
+from rlhf_jax.algorithms.step import Optimizer, make_state, make_step
+from rlhf_jax.models.decoder import Model
+
+Program = Literal["step", "evaluation", "reference"]
+LOSSES = {"nll": ("sft", "demonstration"), "dpo": ("preference", "pair"), "kto": ("preference", "labelled")}
+NUMBERS = {"nll": {"z_loss": 0.0}, "dpo": {"beta": 0.1}, "kto": {"beta": 0.1}}
+
+
+def shapes_of_batch(rows: int, completions: int, length: int, place: NamedSharding) -> dict[str, Any]:
+    """Every column that an objective may read, `rows` x `completions` x `length` tokens."""
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
+    tokens = {n: array(rows, completions, length, dtype=jnp.int32) for n in ("tokens", "segments", "positions")}
+    return tokens | {
+        "mask": array(rows, completions, length, dtype=jnp.bool_),
+        "labels": array(rows, completions, dtype=jnp.bool_),
+        "ref_logprob": array(rows, completions, dtype=jnp.float32),
+        "weight": array(rows, dtype=jnp.float32),
+        "baseline": array(rows, dtype=jnp.float32),
+    }
+
+
+def lower(
+    program: Program, loss: str, model: Model, *, rows: int, length: int, microbatches: int = 1
+) -> jax.stages.Lowered:
+    """One program of a model, which must have a mesh; `rows` counts the rows of tokens: a pair is two of them."""
+    mesh = model.layout.mesh
+    assert mesh is not None
+    name, reads = LOSSES[loss]
+    algorithm = ALGORITHMS[name]
+    objective = algorithm.make_objective(model, algorithm.LOSSES[loss], reads, {})
+    optimizer = Optimizer(OPTIMIZERS["adamw"], make_schedule("constant", 1, 0, 0.1))
+    hyper = {"loss": NUMBERS[loss], "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
+    params, key = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    state = jax.eval_shape(lambda p, k: make_state(p, hyper, optimizer, k), params, key)
+    places, everywhere = sharding.state_shardings(state, mesh), NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+    completions = 2 if reads == "pair" else 1
+    batch = shapes_of_batch(rows // completions, completions, length, sharding.row_sharding(mesh))
+    if program == "step":
+        step = make_step(objective, optimizer, microbatches=microbatches, layout=model.layout)
+        return jax.jit(step, out_shardings=(places, everywhere), donate_argnums=0).lower(state, batch)
+    if program == "evaluation":
+        return jax.jit(objective, out_shardings=everywhere).lower(state.params, None, state.hyper, batch, state.key)
+    return jax.jit(preference.make_reference_pass(model), out_shardings=everywhere).lower(state.params, batch)

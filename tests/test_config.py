@@ -1,0 +1,112 @@
+"""The experiments that come with the project: each loads, is checked whole, and says how to run it."""
+
+import ast
+import dataclasses
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+from etils import epath
+
+from experiments import train
+from rlhf_jax import fields, flags, registry
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.build import build
+from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
+from tests.spoilt import Ground
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+PROGRAMS = sorted(file.stem for file in (ROOT / "experiments").glob("[a-z]*.py"))
+
+
+def specs(file: pathlib.Path) -> list[str]:
+    """FILE, and FILE:VARIANT for each of its variants."""
+    found = re.search(r"^VARIANTS\b.*?= (\{.*?^\})", file.read_text(), re.MULTILINE | re.DOTALL)
+    return [str(file), *(f"{file}:{name}" for name in (ast.literal_eval(found[1]) if found else ()))]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Ground:
+    return Ground.made(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.mark.parametrize("spec", [spec for file in FILES for spec in specs(file)], ids=lambda s: pathlib.Path(s).name)
+def test_every_experiment_passes_every_check(spec, ground, tmp_path):
+    config = flags.load(spec)
+    assert isinstance(config, Config)
+    assert fields.from_dict(Config, fields.to_dict(config)) == config
+    whole = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(ground.model)),
+        data=dataclasses.replace(config.data, path=(str(ground.pairs),)),
+    )
+    assert build(whole, epath.Path(tmp_path)).steps > 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_experiment_is_short_and_its_docstring_is_its_command(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 40
+    told = f"{ast.get_docstring(ast.parse(text))}\n\n"
+    command = re.search(r"^(?:\w+=\S+ )*python -m experiments\.train (.*?)\n\n", told, re.MULTILINE | re.DOTALL)
+    assert command, "the docstring gives no command that begins with python -m experiments.train"
+    program = flags.parse(["train", *shlex.split(command[1].replace("\\\n", " "))], train.Train)
+    assert f"--config=configs/{file.name}" in command[1] and program.workdir
+    assert program.config.model.path and program.config.data.path
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_field_of_every_program_has_a_meaning(name):
+    module = importlib.import_module(f"experiments.{name}")
+    own = [value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__]
+    programs = [value for value in own if dataclasses.is_dataclass(value)]
+    assert len(programs) == 1, "a program is one dataclass"
+    for field in fields.declared(programs[0]):
+        assert field.is_section or field.meaning, f"{name}: --{field.name} has no meaning"
+
+
+def test_every_leaf_of_the_config_has_a_meaning_and_every_section_a_docstring():
+    for leaf in fields.leaves(Config()):
+        assert leaf.meaning, f"{leaf.path} has no meaning: give it Annotated[type, 'meaning']"
+        assert leaf.meaning[0] not in " ." and not leaf.meaning.endswith("."), f"{leaf.path}: a phrase, no sentence"
+    for section in fields.declared(Config()):
+        assert not section.is_section or fields.doc(type(section.value)), f"{section.path} has no docstring"
+
+
+def test_dpo_sets_the_name_of_the_loss_alone_so_that_another_name_always_works():
+    config = flags.load(str(ROOT / "configs/dpo.py"))
+    assert config.loss == type(config.loss)(name="dpo")
+    for name, loss in ALGORITHMS[config.algorithm].LOSSES.items():
+        assert registry.arguments("loss", loss, dataclasses.replace(config.loss, name=name))["beta"] == 0.1
+    weights = registry.arguments("loss", ALGORITHMS["preference"].LOSSES["kto"], type(config.loss)(name="kto"))
+    assert weights["desirable_weight"] == weights["undesirable_weight"] == 1
+
+
+def test_help_lists_every_field_of_a_config_with_its_value_and_meaning(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        flags.run(train.main, train.Train, ["train", f"--config={ROOT}/configs/dpo.py", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    for leaf in fields.leaves(flags.load(str(ROOT / "configs/dpo.py")), "config"):
+        assert f"--{leaf.path}={fields.text(leaf.value)} [{leaf.kind.allowed}] {leaf.meaning}" in shown
+    for flag in ("--workdir", "--resume", "--config"):
+        assert f" {flag}" in shown
+
+
+def test_what_may_change_on_resume_are_fields_that_exist():
+    paths = [leaf.path for leaf in fields.leaves(Config())]
+    for name in MAY_CHANGE_ON_RESUME:
+        assert any(path.startswith(name) for path in paths), name
+
+
+def test_the_names_that_others_rely_on_are_there():
+    paths = {leaf.path for leaf in fields.leaves(Config())}
+    assert paths >= {
+        "seed", "model.path", "data.path", "data.format", "loss.name", "loss.beta", "train.steps", "train.microbatches",
+        "train.batch_size", "optimizer.name", "optimizer.learning_rate", "checkpoint.every", "mesh.data", "mesh.fsdp",
+        "mesh.tensor",
+    }  # fmt: skip
+    assert {field.name for field in fields.declared(train.Train)} == {"config", "workdir", "resume"}

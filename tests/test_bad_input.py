@@ -204,7 +204,7 @@ DATA: Cases = {
     ),
     "column of the format": (
         lambda g: [data(g.rows("halves.jsonl", HALVES)), "--config.data.format=preference"],
-        ["halves.jsonl has no column 'rejected'", "preference (prompt, chosen, rejected)"],
+        ["halves.jsonl has no column 'rejected'", "add the column or choose --config.data.format from auto"],
     ),
     "columns": (
         lambda g: [data(g.rows("odd.jsonl", [{"text": "a"}] * 9))],

@@ -115,7 +115,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_the_reason(name, columns, rea
 
 
 def test_a_column_missing_from_the_file_is_named_with_what_is_there_and_what_is_allowed():
-    with pytest.raises(UserError, match=r"f has no column 'rejected'.*it has 'chosen', 'prompt'; allowed are"):
+    with pytest.raises(UserError, match=r"f has no column 'rejected'.*has 'chosen', 'prompt'; .* from auto, prompt$"):
         check("preference", [{"prompt": "q", "chosen": "a"}], "f")
     with pytest.raises(UserError, match=r"f has the columns 'score', 'text'.*allowed are .*hh \(chosen, rejected"):
         detect([{"text": "x", "score": 1}], "f")

@@ -29,7 +29,9 @@ QUICK = {"xla_backend_optimization_level": 0}  # machine code is not looked at
 class Dense(Model):
     """What must not be: a softmax over all logits at once."""
 
-    def token_stats(self, params: Params, rows: Any, *, temperature: Any = 1.0, want: Any = ("logprobs",)) -> TokenStats:
+    def token_stats(
+        self, params: Params, rows: Any, *, temperature: Any = 1.0, want: Any = ("logprobs",)
+    ) -> TokenStats:
         logits = self.logits(params, self.apply(params, rows["tokens"], rows["segments"], rows["positions"]))
         return picked(logits, rows, want)
 
@@ -37,7 +39,9 @@ class Dense(Model):
 class DenseBackward(Model):
     """What must not be either: one row at a time, but each row's softmax is kept for the backward pass."""
 
-    def token_stats(self, params: Params, rows: Any, *, temperature: Any = 1.0, want: Any = ("logprobs",)) -> TokenStats:
+    def token_stats(
+        self, params: Params, rows: Any, *, temperature: Any = 1.0, want: Any = ("logprobs",)
+    ) -> TokenStats:
         hidden = self.apply(params, rows["tokens"], rows["segments"], rows["positions"])
 
         def one(part: tuple[jax.Array, Any]) -> TokenStats:

@@ -84,9 +84,10 @@ def check(name: str, records: Sequence[Columns], where: str) -> None:
     found = _names(records)
     missing = [column for column in FORMATS[name].columns if column not in found]
     if missing:
+        fitting = ", ".join(["auto", *(other for other, form in FORMATS.items() if found.issuperset(form.columns))])
         raise UserError(
-            f"{where} has no column {_listed(missing)}, which the format {name!r} needs; "
-            f"it has {_listed(found)}; allowed are {_allowed()}"
+            f"{where} has no column {_listed(missing)}, which the format {name!r} needs; it has {_listed(found)}; "
+            f"add the column or choose --config.data.format from {fitting}"
         )
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, cast
@@ -166,7 +167,8 @@ def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
 
     try:
         # Streaming: no second copy of the file in the cache of `datasets`.
-        table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        with _quiet():
+            table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _table(table, str(file))
     except UserError:
         raise
@@ -178,13 +180,28 @@ def _hub(name: str, split: str, flag: str) -> Iterator[Record | Refused]:
     import datasets
 
     try:
-        table = datasets.load_dataset(name, split=split)
+        with _quiet():
+            table = datasets.load_dataset(name, split=split)
     except Exception as error:  # no network, no such set, no such split: each its own class
         raise UserError(
             f"{name!r} is no file or folder here, and its split {split!r} can't be had from the Hub "
             f"({_first_line(error)}); check {flag}, --config.data.split and the network"
         ) from error
     return _table(cast(Iterable[Any], table), name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what libraries log of a failure, retries too, from standing before our one sentence."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _table(table: Iterable[Any], name: str) -> Iterator[Record | Refused]:

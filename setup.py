@@ -50,6 +50,7 @@ setup(
             "hypothesis>=6.170,<7",
             "pyright[nodejs]==1.1.414",  # a newer one finds other things
             "pytest>=9.2,<10",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17.6,<0.18",
             # Compiling for a TPU needs libtpu and no TPU; it is made for this platform only.
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',

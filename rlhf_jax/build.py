@@ -162,6 +162,8 @@ def build(config: Config, workdir: epath.Path) -> Built:
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
     mesh = sharding.make_mesh(config.mesh)
+    if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
+        raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
     _check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
     folder = hf.folder(config.model.path)
     model = hf.describe(folder, config.model.numerics(), Layout(mesh))

@@ -17,10 +17,10 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is written besides metrics.jsonl and eval.jsonl."""
+    """What is written besides the JSON lines of steps and evaluations."""
 
     tensorboard: Annotated[bool, "write TensorBoard event files"] = True
-    wandb: Annotated[bool, "send metrics to Weights & Biases (pip install 'rlhf_jax[wandb]')"] = False
+    wandb: Annotated[bool, "send metrics to Weights & Biases (pip install -e '.[wandb]')"] = False
     wandb_project: Annotated[str, "project the run belongs to there"] = "rlhf_jax"
     progress: Annotated[bool, "show a progress bar, or a line now and then where there is no terminal"] = True
 
@@ -42,7 +42,7 @@ def wilson(share: float, count: float) -> tuple[float, float]:
 def check(config: LogConfig) -> None:
     """Errors: UserError for a place that can't be written to here."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("--config.log.wandb=true needs the package wandb; run: pip install 'rlhf_jax[wandb]'.")
+        raise UserError("--config.log.wandb=true needs the package wandb; run: pip install -e '.[wandb]'.")
 
 
 class Lines:
@@ -74,9 +74,11 @@ class _TensorBoard:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        events: Any = event_pb2  # made by protobuf, which type checkers do not see through
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         self._writer = EventFileWriter(str(folder))
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what an earlier try wrote from here on
+        log = events.SessionLog(status=events.SessionLog.START)  # hides what an earlier try wrote from here on
         self._writer.add_event(self._event(step=start, wall_time=time.time(), session_log=log))
 
     def write(self, row: Mapping[str, float]) -> None:
@@ -121,7 +123,7 @@ class Log:
                 self._sinks.append(_Wandb(workdir, config, resolved))
 
     def step(self, row: dict[str, float], tokens: int) -> None:
-        """One line of a step's metrics; `tokens` were trained on in it."""
+        """One line of a step's metrics; `tokens` is how many real tokens it read, prompts too."""
         if self._main:
             self._steps.write(row)
             self._bar.advance(row, tokens)

@@ -87,7 +87,7 @@ REFUSALS = [
     ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "role"),
     ("messages", {"messages": [q, {"role": "assistant", "content": None}]}, "not a string"),
     ("prompt_completion", {"prompt": "q"}, "no column 'completion'"),
-    ("prompt_completion", {"prompt": 3, "completion": "a"}, "not a list of messages"),
+    ("prompt_completion", {"prompt": 3, "completion": "a"}, "not a string or a list of messages"),
     ("prompt_completion", {"prompt": "q", "completion": " \n"}, "empty answer"),
     ("prompt_completion", {"prompt": "\ud800", "completion": "a"}, "surrogate"),
     ("prompt_completion", {"prompt": [], "completion": [a]}, "no message"),

@@ -101,9 +101,9 @@ def make(folder: pathlib.Path, config: dict[str, Any] = LLAMA, **how: Any) -> tu
     """A folder with a random model of this config."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    model = hf.describe(folder)
+    model = hf.describe(str(folder))
     params = random_params(model)
-    hf.write(folder, model, params, **how)
+    hf.write(str(folder), model, params, **how)
     return model, params
 
 
@@ -160,7 +160,7 @@ def test_writing_over_an_older_model_leaves_nothing_of_it(tmp_path: pathlib.Path
     first, second = order
     model, params = make(tmp_path, shard_bytes=first)
     newer = jax.tree.map(lambda x: x + 1, params)
-    hf.write(tmp_path, model, newer, shard_bytes=second)
+    hf.write(str(tmp_path), model, newer, shard_bytes=second)
     same(hf.read(str(tmp_path))[1], newer)
     assert (len(files(tmp_path)) == 1) == (second > SMALL)
     assert (tmp_path / "model.safetensors.index.json").exists() == (second == SMALL)
@@ -181,7 +181,7 @@ def test_a_mesh_holds_the_same_model(tmp_path: pathlib.Path, sizes: tuple[int, .
     """Each leaf where the rules say, no more of it on a device than its piece, and written back the same."""
     _, params = make(tmp_path / "one", shard_bytes=SMALL)
     mesh = make_mesh(MeshShape(*sizes))
-    model = hf.describe(tmp_path / "one", layout=Layout(mesh))
+    model = hf.describe(str(tmp_path / "one"), layout=Layout(mesh))
     got = hf.load(epath.Path(tmp_path / "one"), model, lambda path, _: param_sharding(mesh, path))
     same(got, params)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(got):
@@ -190,7 +190,7 @@ def test_a_mesh_holds_the_same_model(tmp_path: pathlib.Path, sizes: tuple[int, .
         pieces = [1 if axis is None else mesh.shape[axis] for axis in spec]
         expected = tuple(size // n for size, n in zip(leaf.shape, pieces, strict=True))
         assert {shard.data.shape for shard in leaf.addressable_shards} == {expected}
-    hf.write(tmp_path / "two", model, got, shard_bytes=SMALL)
+    hf.write(str(tmp_path / "two"), model, got, shard_bytes=SMALL)
     assert [f.read_bytes() for f in files(tmp_path / "one")] == [f.read_bytes() for f in files(tmp_path / "two")]
 
 
@@ -277,7 +277,7 @@ def test_a_folder_that_does_not_fit_is_refused(
     with pytest.raises(UserError) as read:
         hf.read(str(tmp_path))
     with pytest.raises(UserError) as checked:
-        hf.check(epath.Path(tmp_path), hf.describe(tmp_path))
+        hf.check(epath.Path(tmp_path), hf.describe(str(tmp_path)))
     assert str(read.value) == str(checked.value)
     assert str(tmp_path) in str(read.value) and "\n" not in str(read.value)
     for part in named:

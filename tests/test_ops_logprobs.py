@@ -110,7 +110,9 @@ def run(
         head = Head(learnt["kernel"], learnt["bias"] if with_bias else None)
         stats = token_logprobs(learnt["hidden"], head, p.targets, p.mask, want=want, chunk=chunk, **how)
         found = {name: value for name, value in stats._asdict().items() if value is not None}
-        return sum((jnp.sum(w * found[n]) for n, w in zip(WANT, p.weights, strict=True) if n in found), 0.0), found
+        return sum(
+            (jnp.sum(w * found[n]) for n, w in zip(WANT, p.weights, strict=True) if n in found), jnp.zeros(())
+        ), found
 
     slopes, found = jax.grad(loss, has_aux=True)({name: getattr(p, name) for name in LEARNT})
     return found, slopes
@@ -249,7 +251,9 @@ def test_the_probabilities_of_all_targets_sum_to_one() -> None:
 
 def placed(p: Problem, layout: Layout) -> Problem:
     """Rows over data and fsdp, the head's kernel as the rules of `sharding` have it."""
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(layout.mesh, PartitionSpec(*axes)))  # noqa: E731
+    assert layout.mesh is not None
+    mesh = layout.mesh
+    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
     rows = ("data", "fsdp")
     return Problem(
         put(p.hidden, rows), put(p.kernel, "tensor", "fsdp"), put(p.bias), put(p.targets, rows),

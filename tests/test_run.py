@@ -49,7 +49,7 @@ def make_config(place: pathlib.Path, loss: str, **changes: Any) -> Config:
         train=Train(steps=10, batch_size=4),
         evaluate=Evaluate(every=4),
         checkpoint=CheckpointConfig(every=5),
-        mesh=MeshShape(1, 2, 1),
+        mesh=MeshShape(1, 1, 1),
         log=LogConfig(tensorboard=False, progress=False),
     )
     return dataclasses.replace(config, **changes)
@@ -169,16 +169,18 @@ def test_microbatches_and_meshes_give_one_run(place):
     np.testing.assert_allclose(rows[1], rows[0], rtol=1e-5)
 
 
-FIRST = {"dpo": math.log(2), "ipo": 25.0, "hinge": 1.0, "kto": 0.5}
+FIRST = {"dpo": math.log(2), "kto": 0.5}
 
 
-@pytest.mark.parametrize("loss", FIRST)
+@pytest.mark.parametrize("loss", ["dpo", "kto"])  # the others' first values: tests/test_losses.py
 def test_the_first_step_on_real_rows_and_a_real_model(shared, stories, tmp_path_factory, loss):
-    """At the reference: DPO log 2, IPO (1 / (2 beta))^2, hinge 1, KTO 1/2; one line a step; counts of rows."""
+    """At the reference: DPO log 2, KTO 1/2; a line a step; held-out accuracy with its interval; rows counted."""
     config = make_config(
         tmp_path_factory.getbasetemp(), loss,
         model=ModelConfig(path=str(stories)),
-        data=Data(path=(str(shared / "data/hh-harmless-base/valid.jsonl"),), length=128, buckets=(128,), eval_share=0.2),
+        data=Data(
+            path=(str(shared / "data/hh-harmless-base/valid.jsonl"),), length=128, buckets=(128,), eval_share=0.2
+        ),
         train=Train(steps=3, batch_size=8), evaluate=Evaluate(every=0, rows=8),
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp(loss)

@@ -49,20 +49,19 @@ def every_loss(model: Model) -> Objective:
 
     def objective(params, frozen, hyper, batch, key):
         numbers, once = hyper["loss"], Once(model)
-        terms, metrics = [], {}
+        terms = []
         for family, losses in FAMILIES.items():
             for loss in losses.values():
                 beta = {} if family == "demonstration" else {"beta": numbers["beta"]}
                 make = problem.OBJECTIVES[family](cast(Any, once), loss, family, {})
-                term, means = make(params, frozen, {"loss": beta}, batch, key)
+                term, _ = make(params, frozen, {"loss": beta}, batch, key)
                 terms.append(term["loss"])
-                metrics |= means
         which = jnp.asarray(numbers["which"], jnp.int32)
         total, count = (jax.lax.select_n(which, *(term[i] for term in terms)) for i in (1, 2))
         rows = flat_rows(batch)
         norms = jnp.sum(jnp.square(params["embedding"]), axis=-1)[rows["tokens"]]
         other = Term(numbers["mix"], jnp.sum(norms * rows["mask"]), jnp.sum(rows["mask"]))
-        return {"loss": Term(1.0, total, count), "other": other}, metrics
+        return {"loss": Term(1.0, total, count), "other": other}, {}
 
     return objective
 

@@ -57,6 +57,7 @@ def compile_for_tpu(loss: str) -> dict[str, Any]:
     start = time.monotonic()
     compiled = lower("step", loss, model, rows=ROWS, length=LENGTH).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
     return {
         "seconds": time.monotonic() - start,
         "peak": memory.peak_memory_in_bytes,

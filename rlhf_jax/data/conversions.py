@@ -68,7 +68,7 @@ HOLDS: dict[type[Row], str] = {
 # What to type when rows of one kind meet a loss that takes another; losses by the rows they take.
 INSTEAD: dict[type[Row], str] = {
     Demonstration: "use --config.algorithm=sft --config.loss.name=nll or other data",
-    Labelled: "use --config.loss.name=kto",
+    Labelled: "use --config.algorithm=preference with --config.loss.name=kto",
 }
 
 

@@ -157,6 +157,8 @@ def _conversation(value: Any, name: str) -> Conversation:
 def _text(value: Any, name: str) -> Text:
     if isinstance(value, str):
         return _string(value, name)
+    if not isinstance(value, Sequence):
+        raise Refusal(f"{name!r} is {type(value).__name__}, not a string or a list of messages")
     return _conversation(value, name)
 
 

@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any, cast
@@ -68,8 +69,7 @@ def read(path: str, split: str = "train", flag: str = "--config.data.path") -> I
 
 
 def _looks_local(path: str) -> bool:
-    starts = path.startswith((".", "/", "~"))
-    return starts or path.count("/") > 1 or _suffix(path) is not None
+    return path.startswith(".") or _suffix(path) is not None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
 
 
 def _suffix(name: str) -> str | None:

@@ -103,7 +103,7 @@ def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Arr
 
 
 def auto(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
-    """splash where the mesh is of TPUs, blocked on rows of more than one block, else dense."""
+    """splash on TPUs for rows that fill its lanes, else blocked for more than one block, else dense."""
     device = layout.mesh.devices.flat[0] if layout.mesh is not None else None
     platform = device.platform if device is not None else jax.default_backend()
     if platform == "tpu" and q.shape[1] >= LANES:

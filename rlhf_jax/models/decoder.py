@@ -59,7 +59,7 @@ class Numerics:
     compute_dtype: Annotated[Dtype, "of activations and matrix products, which accumulate in float32"] = "float32"
     attention: Annotated[
         Literal["auto", "dense", "blocked", "splash"],
-        "auto: splash on TPUs, elsewhere blocked above 128 tokens and dense below",
+        "auto: splash on TPUs from 128 tokens on; else blocked, or dense up to 64 tokens",
     ] = "auto"
     remat: Annotated[
         Literal["none", "dots", "full"],

@@ -214,7 +214,7 @@ DATA: Cases = {
     "format": (["--config.data.format=trl"], ["format=trl", "auto", "preference"]),
     "labels": (
         lambda g: [data(g.rows("labelled.jsonl", LABELLED))],
-        ["needs pairs", "labelled.jsonl holds labelled single answers", "use --config.loss.name=kto"],
+        ["needs pairs", "labelled.jsonl holds labelled single answers", "--config.loss.name=kto"],
     ),
     "demonstrations": (
         lambda g: [data(g.rows("shown.jsonl", [{"prompt": "Q", "completion": " a"}] * 9))],

@@ -172,7 +172,7 @@ def test_a_row_becomes_what_the_loss_takes(tmp_path, encoder, row, form, answers
 
 def test_rows_that_cannot_become_what_the_loss_takes_say_what_to_type(tmp_path, encoder):
     path = write(tmp_path / "rows.jsonl", [LABELLED])
-    with pytest.raises(UserError, match="needs pairs .* labelled single answers .*; use --config.loss.name=kto"):
+    with pytest.raises(UserError, match="needs pairs .* labelled single answers .* --config.loss.name=kto"):
         load(Data(path=(path,)), encoder, "pair", 64, 0)
     path = write(tmp_path / "rows.jsonl", [{"prompt": "Q"}])
     with pytest.raises(UserError, match="prompts without answers"):

@@ -67,7 +67,7 @@ class Report:
         """Examples for training and evaluation."""
         return self.train + self.evaluation
 
-    def lines(self, first: int = 3) -> list[str]:
+    def lines(self, first: int = 5) -> list[str]:
         """Sentences for the start of a run, naming the `first` rows of each kind."""
         said = [f"{self.read} rows read: {self.train} examples to train on, {self.evaluation} held out"]
         refused = [f"{where} ({reason})" for where, reason in self.refused]

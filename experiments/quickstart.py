@@ -70,10 +70,10 @@ def requests(seed: int) -> Iterator[tuple[str, str, str]]:
     random.Random(seed).shuffle(cases)
     seen = set()
     for texts, name, thing in cases:
-        row = tuple(text.format(name=name, thing=thing, letters=" ".join(thing)) for text in texts)
-        if row[0] not in seen:
-            seen.add(row[0])
-            yield row
+        ask, good, poor = (text.format(name=name, thing=thing, letters=" ".join(thing)) for text in texts)
+        if ask not in seen:
+            seen.add(ask)
+            yield ask, good, poor
 
 
 def write_rows(folder: epath.Path) -> None:

@@ -175,7 +175,8 @@ def build(config: Config, workdir: epath.Path) -> Built:
         raise UserError(
             f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
         )
-    tokenizer = load_tokenizer(hf.folder(config.model.tokenizer) if config.model.tokenizer else folder)
+    other = config.model.tokenizer
+    tokenizer = load_tokenizer(hf.folder(other, "--config.model.tokenizer") if other else folder)
     encoder = Encoder(tokenizer, config.data.chat_template)
     data = dataset.load(config.data, encoder, typing.cast(Any, reads), length, config.seed)
     largest = max(int(c.ids.max()) for e in (*data.train, *data.evaluation) for c in e.completions)

@@ -137,6 +137,7 @@ def latest(folder: epath.Path) -> int | None:
 
 def restore_params(folder: epath.Path, step: int, like: Any) -> Any:
     """The parameters of a checkpoint alone, placed like `like` (shapes with shardings)."""
+    folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other
     item = {"params": like}
     how = ocp.args.PyTreeRestore(
         item=item, partial_restore=True, restore_args=ocp.checkpoint_utils.construct_restore_args(item)

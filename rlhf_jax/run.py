@@ -47,7 +47,7 @@ class Result(NamedTuple):
 
 def initial_params(built: Built) -> Any:
     """The parameters that training starts from, each leaf made or read where it lies on the mesh."""
-    shapes = jax.eval_shape(built.model.init, jax.random.key(0))
+    shapes = built.model.shapes()
     places = jax.tree_util.tree_map_with_path(
         lambda keys, _: NamedSharding(built.mesh, sharding.rule(sharding.path_of(keys))), shapes
     )
@@ -59,7 +59,7 @@ def initial_params(built: Built) -> Any:
 
 def state_shapes(built: Built) -> TrainState:
     """The state's shapes, each with its sharding."""
-    params = jax.eval_shape(built.model.init, jax.random.key(0))
+    params = built.model.shapes()
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     shapes = jax.eval_shape(lambda p, k: make_state(p, built.hyper, built.optimizer, k), params, key)
     places = sharding.state_shardings(shapes, built.mesh)

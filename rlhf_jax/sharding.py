@@ -81,7 +81,7 @@ def rule(path: str) -> PartitionSpec:
 
 def check_divides(model: Model, mesh: Mesh) -> None:
     """Errors: UserError naming the first parameter and dimension that the mesh doesn't divide."""
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(model.init, jax.random.key(0))):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(model.shapes()):
         for size, axis in zip(leaf.shape, rule(path_of(keys)), strict=True):
             if axis is not None and size % mesh.shape[axis]:
                 raise UserError(

@@ -107,7 +107,7 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
     start = hf.folder(str(config.model.path))
     model = hf.describe(start, config.model.numerics(), Layout(mesh))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     place = lambda keys, x: jax.ShapeDtypeStruct(  # noqa: E731
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, sharding.rule(sharding.path_of(keys)))
     )

@@ -62,7 +62,7 @@ def either(learning_rate: Any, *, plain: float = 0.0, weight_decay: float = 0.01
         second, _ = descent.update(grads, descent.init(params), params)
         return jax.tree.map(lambda a, b: jax.numpy.where(plain > 0, b, a), first, second), state
 
-    return optax.GradientTransformation(adam.init, update)
+    return optax.GradientTransformation(adam.init, update)  # pyright: ignore[reportArgumentType]
 
 
 OPTIMIZER = Optimizer(either, optax.constant_schedule(1.0))

@@ -35,7 +35,6 @@ def compiled():
         if event.endswith("backend_compile_duration"):
             names.append(str(kwargs.get("fun_name", "?")))
 
-    jax.random.key(0)  # reading a model's shapes makes one, which is two tiny programs of JAX's own
     jax.monitoring.register_event_duration_secs_listener(note)
     return names
 
@@ -152,8 +151,17 @@ MODEL: Cases = {
     ),
     "weights as LFS": (
         lambda g: [model(g.spoilt("lfs", "model.safetensors", POINTER))],
-        ["model.safetensors", "fetch it again"],
+        ["model.safetensors is a Git LFS pointer", "git lfs pull"],
     ),
+    "weights cut short": (
+        lambda g: [model(g.spoilt("cut", "model.safetensors", "12345678"))],
+        ["model.safetensors is not a whole safetensors file", "fetch it again"],
+    ),
+    "config cut short": (lambda g: [model(g.spoilt("half", "config.json", '{"a'))], ["config.json", "fetch it again"]),
+    "config of nothing": (lambda g: [model(g.spoilt("list", "config.json", "[]"))], ["not the config of a model"]),
+    "config of other types": (lambda g: [model(g.spoilt("text", hidden_size="32"))], ["text/config.json", "fetch it"]),
+    "file for a folder": (lambda g: [model(g.model / "config.json")], ["is a file", "the folder that holds it"]),
+    "tokenizer's folder": ([f"{TOKENIZER}=nowhere/"], ["'nowhere/'", f"check {TOKENIZER}"]),
     "weights that the index names": (
         lambda g: [model(g.spoilt("index", "model.safetensors.index.json", WITHOUT_FILE))],
         ["b.safetensors, which is missing", "fetch the whole model folder"],

@@ -83,7 +83,7 @@ def test_every_optimiser_learns_on_a_mesh_in_one_compile(name):
         seen.append((float(metrics["loss"]), float(metrics["learning_rate"])))
     assert seen[-1][0] < 0.97 * seen[0][0], seen
     np.testing.assert_allclose([rate for _, rate in seen], RATES[name] * (1 - np.arange(8) / 20), rtol=1e-6)
-    assert step._cache_size() == 1
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -82,7 +82,7 @@ def trajectories(shape: tuple[int, int, int], parts: int) -> dict[tuple[str, flo
                 state, metrics = step(state, batch)
                 seen.append((metrics["loss"], metrics["grad_norm"]))
             out[name, plain] = np.asarray(seen, np.float64), state.params
-    assert step is not None and step._cache_size() == 1  # one compile for all losses, rates and steps
+    assert step is not None and step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # one compile for all losses, rates and steps
     return jax.tree.map(np.asarray, out)
 
 

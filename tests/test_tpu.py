@@ -13,7 +13,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,12 +53,10 @@ def compile_for_tpu(loss: str) -> dict[str, Any]:
     shape, numerics = CASES[loss]
     devices = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
     model = Model(shape, numerics, Layout(make_mesh(MESH, list(devices))))
-    start = time.monotonic()
     compiled = lower("step", loss, model, rows=ROWS, length=LENGTH).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
     return {
-        "seconds": time.monotonic() - start,
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
         "kernels": re.findall(r"%(\S+) = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"", text),
@@ -86,15 +83,15 @@ def compiling() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 @pytest.mark.parametrize("loss", CASES)
 def test_a_step_compiles_for_a_v5e(compiling: dict[str, subprocess.Popen[str]], loss: str) -> None:
+    """Both in two minutes, with the kernel forward and backward, and libtpu stays out of this process."""
     out, err = compiling[loss].communicate(timeout=120)
     assert compiling[loss].returncode == 0, err
     found = json.loads(out.splitlines()[-1])
     for kernel in KERNELS:
         assert any(name.startswith(kernel) for name in found["kernels"]), found["kernels"]
     assert found["arguments"] < found["peak"] < 2**27
-    # Neither the logits nor the attention scores of a device's rows are anywhere in it.
-    assert found["largest"] < ROWS * LENGTH * VOCAB // 4
-    assert found["seconds"] < 120
+    assert found["largest"] < ROWS * LENGTH * VOCAB // 4  # the logits of a device's rows, its share of the words
+    assert "libtpu.so" not in pathlib.Path("/proc/self/maps").read_text()
 
 
 def test_libtpu_is_the_one_that_jax_asks_for() -> None:

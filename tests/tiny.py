@@ -25,7 +25,7 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     model = hf.describe(epath.Path(folder))
-    hf.write(folder, model, jax.jit(model.init)(jax.random.key(1)))
+    hf.write(epath.Path(folder), model, jax.jit(model.init)(jax.random.key(1)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1, **{letter: number for number, letter in enumerate(alphabet, start=2)}}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

@@ -56,9 +56,7 @@ def _metrics(batch: Batch, logprob: Array, beta: Array, baseline: Array | float)
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/margins": Mean(
-            jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])
-        ),
+        "rewards/margins": Mean(jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])),
         "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), row),
         "logps/chosen": mean(jax.lax.stop_gradient(logprob), good),
         "logps/rejected": mean(jax.lax.stop_gradient(logprob), bad),

@@ -110,7 +110,8 @@ def _accumulate(
 
     def loss_of(params: Any, rows: Batch) -> tuple[Array, dict[str, Mean]]:
         terms, means = objective(params, *args, rows, key)
-        return sum(term.weight * ratio(term.total, counts[name]) for name, term in terms.items()), means
+        parts = [term.weight * ratio(term.total, counts[name]) for name, term in terms.items()]
+        return sum(parts, jnp.zeros(())), means
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
     widen = lambda grads: jax.tree.map(lambda x: x.astype(dtype), grads)  # noqa: E731
@@ -167,8 +168,6 @@ def make_step(
         metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": numbers["learning_rate"]}
         metrics["tokens"] = jnp.sum(batch["segments"] > 0)
         carry = state.carry if advance is None else advance(state.carry, batch, metrics)
-        return dataclasses.replace(
-            state, params=params, opt_state=opt_state, step=state.step + 1, carry=carry
-        ), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, carry=carry), metrics
 
     return step

@@ -17,9 +17,7 @@ class Answer(NamedTuple):
     baseline: Array  # k >= 0, nats: how far the policy has moved from the reference; no gradient
 
 
-def kto(
-    answer: Answer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> Array:
+def kto(answer: Answer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Array:
     """1 - sig(beta (r - k)) for a desirable answer, 1 - sig(beta (k - r)) for another, weighted, [N].
 
     r = logprob - ref_logprob, and k is the baseline.

@@ -5,6 +5,8 @@ Each back end takes q [B, T, H, d], k and v [B, T, G, d] (H a multiple of G: gro
 segment number: so packed rows and padding (segment 0) never leak, whatever the back end.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -65,13 +67,16 @@ def blocked(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Ar
     """
     length = q.shape[1]
     size = max(BLOCK, -(-length // 16))
-    attend = jax.checkpoint(_attend)  # pyright: ignore[reportPrivateImportUsage]
     q, k, v = _by_group(q, k, v)
-    parts = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+
+    def attend(start: int, stop: int, q: Array, k: Array, v: Array, segments: Array) -> Array:
         queries = jax.lax.slice_in_dim(q, start, stop, axis=3)
-        parts.append(attend(queries, k[:, :, :stop], v[:, :, :stop], _visible(segments, start, stop)))
+        return _attend(queries, k[:, :, :stop], v[:, :, :stop], _visible(segments, start, stop))
+
+    # All arrays are given whole, so that the backward pass keeps them once and not a piece of them a block.
+    attend = jax.checkpoint(attend, static_argnums=(0, 1))  # pyright: ignore[reportPrivateImportUsage]
+    starts = range(0, length, size)
+    parts = [attend(start, min(start + size, length), q, k, v, segments) for start in starts]
     return _by_token(jnp.concatenate(parts, axis=3))
 
 
@@ -89,11 +94,11 @@ def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Arr
         q, k, v = (jnp.moveaxis(jnp.pad(x, pads), 2, 1) for x in (q / size**0.5, k, v))
         q = q.reshape(rows, groups, heads // groups, *q.shape[2:])
         segments = jnp.pad(segments, ((0, 0), (0, pad_length)))
-        mask = masks.MultiHeadMask([masks.CausalMask((q.shape[3],) * 2)] * (heads // groups))
+        mask = masks.MultiHeadMask([masks.CausalMask((q.shape[3], q.shape[3]))] * (heads // groups))
         kernel = kernels.make_splash_mqa_single_device(mask)
         ids = kernels.SegmentIds(segments, segments)
         over_groups = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        out = jax.vmap(over_groups)(q, k, v, ids)
+        out: Any = jax.vmap(over_groups)(q, k, v, ids)
         out = jnp.moveaxis(out.reshape(rows, heads, *out.shape[3:]), 1, 2)
         return out[:, :length, :, :size].astype(v.dtype)
 

@@ -23,20 +23,26 @@ from rlhf_jax.models.families import FAMILIES, Weight
 from rlhf_jax.ops.layout import Layout
 
 IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHARD_BYTES = 5 * 2**30
 Place = Callable[[tuple[str, ...], jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
-def folder(name: str) -> epath.Path:
-    """The local folder of a path, or of a Hub name after its files were fetched.
+def folder(name: str, flag: str = "--config.model.path") -> epath.Path:
+    """The local folder of a path, or of a Hub name after its files were fetched; `flag`, for messages, gave it.
 
     Errors: UserError where there is neither.
     """
     path = epath.Path(os.path.expanduser(name))
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except ImportError as error:  # gs:// needs a package of its own
+        raise UserError(f"{name} can't be read here ({error}); install it or change {flag}.") from error
+    if path.exists():
+        raise UserError(f"{name!r} is a file; give {flag} the folder that holds it.")
     if name.startswith(("/", ".", "~", "gs:")) or name.count("/") != 1:
-        raise UserError(f"model folder {name!r} doesn't exist; give --config.model.path a folder or a Hub name.")
+        raise UserError(f"model folder {name!r} doesn't exist; give {flag} a folder or a Hub name.")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -45,8 +51,7 @@ def folder(name: str) -> epath.Path:
     except Exception as error:  # the Hub's client has no base class of its own errors
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"model {name!r} is neither a folder here nor to be had from the Hub ({reason}); "
-            "check --config.model.path."
+            f"model {name!r} is neither a folder here nor to be had from the Hub ({reason}); check {flag}."
         ) from error
 
 
@@ -64,6 +69,8 @@ def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: La
     if not file.exists():
         raise UserError(f"model folder {str(path)!r} holds no config.json; give a Hugging Face model folder.")
     config = _json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not the config of a model; fetch it again.")
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"model family {kind!r} of {file} is not supported; supported are {', '.join(FAMILIES)}.")
@@ -73,6 +80,8 @@ def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: La
         raise UserError(f"{file}: {error}") from error
     except KeyError as error:
         raise UserError(f"{file} lacks the field {error}, which a {kind} config must have.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{file} has a field of a type that no {kind} config has ({error}); fetch it again.") from error
     return Model(shape, numerics, layout, source=file.read_text())
 
 
@@ -82,7 +91,7 @@ def _weights(model: Model) -> tuple[Weight, ...]:
 
 def _expected(model: Model) -> dict[str, tuple[int, ...]]:
     """Their tensor names and shapes for this model."""
-    shapes = _leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = _leaves(model.shapes())
     expected = {}
     for weight in _weights(model):
         whole = shapes[weight.ours].shape
@@ -118,6 +127,11 @@ class _Files:
         for file in files:
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is missing; fetch the whole model folder.")
+            with file.open("rb") as stream:
+                if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(
+                        f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its repository."
+                    )
             try:
                 handle = safe_open(os.fspath(file), framework="numpy")
             except Exception as error:  # SafetensorError has no public home in every release
@@ -160,7 +174,7 @@ def load(path: epath.Path, model: Model, place: Place | None = None) -> Params:
     files = _Files(path)
     _check(model, files, path)
     dtype = jnp.dtype(model.numerics.param_dtype)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = model.shapes()
     weights = {weight.ours: weight for weight in _weights(model)}
 
     def leaf(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -175,7 +189,7 @@ def load(path: epath.Path, model: Model, place: Place | None = None) -> Params:
             return np.stack([one[index[1:]].astype(dtype) for one in read])
 
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if place is None else place(ours, shape)
-        return jax.make_array_from_callback(shape.shape, sharding, piece)
+        return jax.make_array_from_callback(shape.shape, sharding, piece)  # pyright: ignore[reportArgumentType]
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 

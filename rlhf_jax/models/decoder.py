@@ -139,7 +139,7 @@ class Decoder(_Module):
         sines, cosines = angles(shape.rope, shape.head_dim, positions)
         stack = nn.scan(
             REMAT[numerics.remat](Block), variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=nn.broadcast, length=shape.layers,
+            in_axes=nn.broadcast, length=shape.layers,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         layers = stack(shape, numerics, self.layout, name="layers")
         x, _ = layers(x, (segments, sines, cosines))
@@ -162,9 +162,13 @@ class Model:
     def _module(self) -> Decoder:
         return Decoder(self.shape, self.numerics, self.layout)
 
+    def shapes(self) -> Params:
+        """The parameters as shapes and dtypes; nothing is computed, nor compiled."""
+        return jax.eval_shape(self.init, jax.eval_shape(jax.random.key, 0))
+
     def init(self, key: Array) -> Params:
         """Random parameters; jit it with out_shardings to make each piece where it belongs."""
-        blank = jnp.zeros((1, 2), jnp.int32)
+        blank = jnp.zeros((self.layout.shards, 2), jnp.int32)  # a row a shard, as some back ends want
         return self._module.init(key, blank, blank, blank)["params"]
 
     def apply(self, params: Params, tokens: Array, segments: Array, positions: Array) -> Array:

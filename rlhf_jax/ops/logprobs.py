@@ -5,7 +5,7 @@ one chunk of tokens alive at a time, forward and backward, so no program ever ho
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -27,10 +27,11 @@ class Head(NamedTuple):
 class TokenStats(NamedTuple):
     """What was asked for of each token, float32 [B, T], 0 where the mask is False; None if not asked for."""
 
-    logprobs: Array | None = None  # log softmax(z)[target], nats
-    entropy: Array | None = None  # of softmax(z), nats
-    logsumexp: Array | None = None  # of z
-    log_sum_sq: Array | None = None  # log sum_v softmax(z)_v^2
+    # Typed as what callers get, who name the fields they want.
+    logprobs: Array = None  # pyright: ignore[reportAssignmentType] log softmax(z)[target], nats
+    entropy: Array = None  # pyright: ignore[reportAssignmentType] of softmax(z), nats
+    logsumexp: Array = None  # pyright: ignore[reportAssignmentType] of z
+    log_sum_sq: Array = None  # pyright: ignore[reportAssignmentType] log sum_v softmax(z)_v^2
 
 
 class _Static(NamedTuple):
@@ -78,7 +79,7 @@ def token_logprobs(
     static = _Static(tuple(want), positions, soft_cap, layout)
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
     kernel = layout.constrain(head.kernel, "vocab", None)  # gathered once here, not in every chunk
-    stats = _stats(static, hidden, kernel, head.bias, targets, mask, temperature)
+    stats: Any = _stats(static, hidden, kernel, head.bias, targets, mask, temperature)
     return TokenStats(**dict(zip(static.want, stats, strict=True)))
 
 
@@ -177,7 +178,7 @@ def _stats(
     def body(carry: None, chunk: tuple[Array, Array, Array]) -> tuple[None, tuple[Array, ...]]:
         return carry, jax.lax.cond(jnp.any(chunk[2]), compute, skip, *chunk)
 
-    _, stats = jax.lax.scan(body, None, tuple(chunks))
+    _, stats = jax.lax.scan(body, None, (chunks[0], chunks[1], chunks[2]))
     back = jnp.argsort(order, axis=1)
     return tuple(_gather(_from_chunks(stat, mask.shape[1]), back) for stat in stats)
 
@@ -211,12 +212,13 @@ def _stats_backward(static: _Static, residuals: tuple, cotangents: tuple[Array, 
         skip = lambda sums, h, t, gs: (sums, jnp.zeros_like(h))  # noqa: E731
         return jax.lax.cond(jnp.any(used), compute, skip, sums, h, t, gs)
 
-    zeros = static.layout.constrain(jnp.zeros((shards, *kernel.shape), jnp.float32), *(
-        ("rows" if shards > 1 else None), "vocab", None))
+    zeros = static.layout.constrain(
+        jnp.zeros((shards, *kernel.shape), jnp.float32), *(("rows" if shards > 1 else None), "vocab", None)
+    )
     sums = (zeros, None if bias is None else jnp.zeros((shards, *bias.shape), jnp.float32))
-    (dk, db), dh = jax.lax.scan(body, sums, (tuple(chunks), grads))
+    (dk, db), dh = jax.lax.scan(body, sums, (tuple(chunks), grads))  # db stays None without a bias
     dh = _gather(_from_chunks(dh, mask.shape[1]), jnp.argsort(order, axis=1))
-    db = None if bias is None else jnp.sum(db, axis=0).astype(bias.dtype)
+    db = None if bias is None or db is None else jnp.sum(db, axis=0).astype(bias.dtype)
     return dh, jnp.sum(dk, axis=0).astype(kernel.dtype), db, None, None, None
 
 

@@ -53,8 +53,7 @@ def labelled(chat: bool) -> list[dict[str, Any]]:
     """prompt, completion and label: three good answers in eight."""
     rows = [(row, i % 3 == 0) for i, row in enumerate(pairs(chat))]
     return [
-        dict(prompt=row["prompt"], completion=row["chosen" if good else "rejected"], label=good)
-        for row, good in rows
+        dict(prompt=row["prompt"], completion=row["chosen" if good else "rejected"], label=good) for row, good in rows
     ]
 
 

@@ -80,8 +80,8 @@ def write_rows(folder: epath.Path) -> None:
     """600 demonstrations, good and poor alike; 400 pairs; 100 held-out pairs; no request in two files."""
     rows = list(itertools.islice(requests(seed=0), 1100))
     coin = random.Random(1)
-    user = lambda text: {"role": "user", "content": text}  # noqa: E731
-    answer = lambda text: {"role": "assistant", "content": text}  # noqa: E731
+    user = lambda text: {"role": "user", "content": text}
+    answer = lambda text: {"role": "assistant", "content": text}
     demonstrations = [{"messages": [user(ask), answer(coin.choice(two))]} for ask, *two in rows[:600]]
     pairs = [
         {"prompt": [user(ask)], "chosen": [answer(good)], "rejected": [answer(poor)]} for ask, good, poor in rows[600:]

@@ -48,7 +48,7 @@ class Checkpoints:
         self._folder = folder
         self._writing: int | None = None
         sign = 1 if config.best_mode == "max" else -1
-        score = lambda metrics: sign * metrics[config.best] if config.best in metrics else -np.inf  # noqa: E731
+        score = lambda metrics: sign * metrics[config.best] if config.best in metrics else -np.inf
         policies: list[Any] = [checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=score, n=config.keep_best))
@@ -95,7 +95,7 @@ class Checkpoints:
         """A checkpoint's content, placed like `like` (arrays or shapes with shardings); `rows` places batches."""
         host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
         items = {"state": ocp.args.StandardRestore(dataclasses.replace(like, frozen=None))}
-        shape = lambda x: jax.ShapeDtypeStruct(tuple(x[0]), np.dtype(x[1]), sharding=rows)  # noqa: E731
+        shape = lambda x: jax.ShapeDtypeStruct(tuple(x[0]), np.dtype(x[1]), sharding=rows)
         pending = [jax.tree.map(shape, batch, is_leaf=lambda x: isinstance(x, list)) for batch in host.pop("pending")]
         if pending:
             items["pending"] = ocp.args.StandardRestore(pending)

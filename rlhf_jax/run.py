@@ -63,7 +63,7 @@ def state_shapes(built: Built) -> TrainState:
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     shapes = jax.eval_shape(lambda p, k: make_state(p, built.hyper, built.optimizer, k), params, key)
     places = sharding.state_shardings(shapes, built.mesh)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     return jax.tree.map(place, shapes, places)
 
 
@@ -191,7 +191,7 @@ class Run:
                 )
         self._prepare_reference(step)
         if step is None:
-            make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)  # noqa: E731
+            make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)
             start = jax.jit(make, out_shardings=places, donate_argnums=0)
             state = start(self._initial(), jax.random.PRNGKey(config.seed))
         self._params = None

@@ -108,7 +108,7 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     start = hf.folder(str(config.model.path))
     model = hf.describe(start, config.model.numerics(), Layout(mesh))
     shapes = model.shapes()
-    place = lambda keys, x: jax.ShapeDtypeStruct(  # noqa: E731
+    place = lambda keys, x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, sharding.rule(sharding.path_of(keys)))
     )
     params = restore_params(folder, found, jax.tree_util.tree_map_with_path(place, shapes))

@@ -89,7 +89,7 @@ def initial() -> Any:
 def _blank(family_numbers: tuple[str, ...]) -> TrainState:
     """The state before the first step, on the host."""
     params = initial()
-    make = lambda: make_state(params, hyper(dict.fromkeys(family_numbers, 0.0)), OPTIMIZER, jax.random.PRNGKey(0))  # noqa: E731
+    make = lambda: make_state(params, hyper(dict.fromkeys(family_numbers, 0.0)), OPTIMIZER, jax.random.PRNGKey(0))
     return jax.tree.map(np.asarray, jax.jit(make)())
 
 

@@ -19,7 +19,7 @@ NUMBERS = {"nll": {"z_loss": 0.0}, "dpo": {"beta": 0.1}, "kto": {"beta": 0.1}}
 
 def shapes_of_batch(rows: int, completions: int, length: int, place: NamedSharding) -> dict[str, Any]:
     """Every column that an objective may read, `rows` x `completions` x `length` tokens."""
-    array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)  # noqa: E731
+    array = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
     tokens = {n: array(rows, completions, length, dtype=jnp.int32) for n in ("tokens", "segments", "positions")}
     return tokens | {
         "mask": array(rows, completions, length, dtype=jnp.bool_),

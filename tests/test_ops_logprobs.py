@@ -41,7 +41,7 @@ def draw(seed: int = 0, sizes: tuple[int, int, int, int] = (B, T, D, V), mask: n
     """Logits with a standard deviation of 2, so that no softmax is flat and a cap of 2 or 3 bends them."""
     rng = np.random.default_rng(seed)
     rows, length, width, vocab = sizes
-    real = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    real = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     return Problem(
         hidden=real(rows, length, width),
         kernel=2 * real(vocab, width) / np.float32(width**0.5),
@@ -253,7 +253,7 @@ def placed(p: Problem, layout: Layout) -> Problem:
     """Rows over data and fsdp, the head's kernel as the rules of `sharding` have it."""
     assert layout.mesh is not None
     mesh = layout.mesh
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
+    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
     rows = ("data", "fsdp")
     return Problem(
         put(p.hidden, rows), put(p.kernel, "tensor", "fsdp"), put(p.bias), put(p.targets, rows),

@@ -65,7 +65,7 @@ def test_clipping_scales_the_step_and_reports_the_norm_before_it():
 
 
 def test_the_carry_is_a_function_of_itself_the_batch_and_the_metrics():
-    advance = lambda carry, batch, metrics: 0.9 * carry + 0.1 * metrics["x"] + jnp.max(batch["x"])  # noqa: E731
+    advance = lambda carry, batch, metrics: 0.9 * carry + 0.1 * metrics["x"] + jnp.max(batch["x"])
     step = make_step(objective, OPTIMIZER, advance=advance)
     state = start()
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_the_key_of_a_step_depends_on_the_seed_and_the_step_alone():
 
     state, _ = make_step(noisy, OPTIMIZER)(start(), rows())
     make_step(noisy, OPTIMIZER)(state, rows(0.0))
-    fold = lambda step: jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(0), STEP), step)  # noqa: E731
+    fold = lambda step: jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(0), STEP), step)
     np.testing.assert_array_equal(seen[0], fold(0))
     np.testing.assert_array_equal(seen[-1], fold(1))
 

@@ -38,7 +38,7 @@ def write_model(folder: pathlib.Path) -> pathlib.Path:
 def write_pairs(file: pathlib.Path, count: int = 48) -> pathlib.Path:
     """Preference rows of uneven length, each with a prompt of its own."""
     rng = random.Random(0)
-    words = lambda most: " ".join(rng.choices(WORDS, k=rng.randint(1, most)))  # noqa: E731
+    words = lambda most: " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
     rows = [{"prompt": f"{i} {words(3)}:", "chosen": " " + words(5), "rejected": " " + words(3)} for i in range(count)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

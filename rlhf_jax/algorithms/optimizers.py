@@ -18,7 +18,7 @@ Rate = Any  # a float or a scalar array
 
 def decayed(params: Any) -> Any:
     """Which parameters weight decay applies to: the matrices, never norms and biases."""
-    last = lambda keys: path_of(keys).rsplit("/", 1)[-1]  # noqa: E731
+    last = lambda keys: path_of(keys).rsplit("/", 1)[-1]
     return jax.tree_util.tree_map_with_path(lambda keys, _: last(keys) in ("kernel", "embedding", "head"), params)
 
 

@@ -47,7 +47,7 @@ def _metrics(batch: Batch, logprob: Array, beta: Array, baseline: Array | float)
     weight = jnp.broadcast_to(batch["weight"][:, None], labels.shape)
     rewards = beta * jax.lax.stop_gradient(logprob - batch["ref_logprob"])
     good, bad = weight * labels, weight * (1 - labels)
-    mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))  # noqa: E731
+    mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
     chosen, rejected = mean(rewards, good), mean(rewards, bad)
     if labels.shape[1] == 2:
         margin, row = rewards[:, 0] - rewards[:, 1], batch["weight"]
@@ -76,7 +76,7 @@ def make_objective(model: Model, loss: Callable[..., Array], reads: str, options
 
     def objective(params, frozen, hyper, batch, key):
         logprob, length = completion_logprobs(model, params, batch)
-        bound = lambda columns: loss(columns, **hyper["loss"], **options)  # noqa: E731
+        bound = lambda columns: loss(columns, **hyper["loss"], **options)
         per_row = ROW_LOSS[reads](bound, batch, logprob, length)
         total = jnp.sum(jnp.where(batch["weight"] > 0, per_row * batch["weight"], 0))
         baseline = batch["baseline"][:, None] if reads == "labelled" else 0.0

@@ -114,7 +114,7 @@ def _accumulate(
         return sum(parts, jnp.zeros(())), means
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    widen = lambda grads: jax.tree.map(lambda x: x.astype(dtype), grads)  # noqa: E731
+    widen = lambda grads: jax.tree.map(lambda x: x.astype(dtype), grads)
     if parts == 1:
         (loss, means), grads = differentiate(state.params, batch)
         return widen(grads), loss, means

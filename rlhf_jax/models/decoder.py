@@ -210,7 +210,7 @@ class Model:
           rows: tokens, segments, positions [B, T] int and mask [B, T] bool, True where asked.
         """
         hidden = self.apply(params, rows["tokens"], rows["segments"], rows["positions"])
-        ahead = lambda x: jnp.roll(x, -1, axis=1)  # noqa: E731
+        ahead = lambda x: jnp.roll(x, -1, axis=1)
         same = (ahead(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
         stats = token_logprobs(
             hidden, self.head(params), ahead(rows["tokens"]), ahead(rows["mask"]) & same,

@@ -78,7 +78,7 @@ def _linear(theirs: str, ours: str, bias: bool, load: Map, save: Map, bias_too: 
 
 
 def _llama_weights(shape: Shape) -> tuple[Weight, ...]:
-    plain = lambda theirs, *ours: Weight(theirs, ours, _same, _same)  # noqa: E731
+    plain = lambda theirs, *ours: Weight(theirs, ours, _same, _same)
     layer = "model.layers.{i}."
     out = [
         plain("model.embed_tokens.weight", "embedding"),

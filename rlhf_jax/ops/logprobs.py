@@ -193,7 +193,7 @@ def _stats_backward(static: _Static, residuals: tuple, cotangents: tuple[Array, 
     *chunks, order = _prepare(static, hidden, targets, mask)
     grads = tuple(_to_chunks(_gather(jnp.where(mask, g, 0), order), static.positions) for g in cotangents)
     shards = static.layout.shards if mask.shape[0] % static.layout.shards == 0 else 1
-    split = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
+    split = lambda x: x.reshape(shards, -1, *x.shape[1:])
 
     def compute(sums: tuple, h: Array, t: Array, gs: tuple[Array, ...]) -> tuple[tuple, Array]:
         logits = _logits(static, h, kernel, bias, temperature)
@@ -209,7 +209,7 @@ def _stats_backward(static: _Static, residuals: tuple, cotangents: tuple[Array, 
 
     def body(sums: tuple, chunk: tuple) -> tuple[tuple, Array]:
         (h, t, used), gs = chunk
-        skip = lambda sums, h, t, gs: (sums, jnp.zeros_like(h))  # noqa: E731
+        skip = lambda sums, h, t, gs: (sums, jnp.zeros_like(h))
         return jax.lax.cond(jnp.any(used), compute, skip, sums, h, t, gs)
 
     zeros = static.layout.constrain(

@@ -224,3 +224,13 @@ def test_random_weights_need_a_config_alone(place, tmp_path):
     again = run.train(make_config(place, "nll", algorithm="sft", model=model, train=train), str(tmp_path / "b"))
     other = make_config(place, "nll", algorithm="sft", model=model, train=train, seed=1)
     assert first.metrics == again.metrics != run.train(other, str(tmp_path / "c")).metrics
+
+
+def test_a_step_compiles_once_for_each_bucket(place, tmp_path):
+    data = Data(path=(str(place / "pairs.jsonl"),), buckets=(24, 40))
+    config = make_config(place, "nll", algorithm="sft", data=data, train=Train(steps=12, batch_size=2))
+    job = run.Run(run.build(config, epath.Path(tmp_path)), None)
+    job.train()
+    buckets = job.built.loader.buckets(0, 12)
+    assert len(buckets) >= 2 and sum(buckets.values()) == 12
+    assert job.step._cache_size() == len(buckets)  # pyright: ignore[reportAttributeAccessIssue]

@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.quickstart
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -24,8 +24,8 @@ ROWS, LENGTH = 32, 24
 
 
 def make_model(mesh: jax.sharding.Mesh | None = None, **numerics: Any) -> Model:
-    """The decoder on a mesh; logits are made 16 tokens at a time."""
-    return Model(SHAPE, Numerics(chunk=16, **numerics), Layout(mesh))
+    """The decoder on a mesh; a few chunks of logits a batch."""
+    return Model(SHAPE, Numerics(chunk=128, **numerics), Layout(mesh))
 
 
 def make_rows(seed: int = 0, rows: int = ROWS, completions: int = 2) -> dict[str, np.ndarray]:

@@ -95,6 +95,21 @@ def param_sharding(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
     return NamedSharding(mesh, rule("/".join(path)))
 
 
+def for_decoding(params: Any, model: Model) -> Any:
+    """A copy of the parameters as sampling reads them: in the compute dtype, whole along fsdp.
+
+    Decoding reads every weight for every token; cut along fsdp they would be gathered as often.
+    """
+
+    def place(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        leaf = leaf.astype(model.numerics.compute_dtype)
+        spec = P(*(None if axis == "fsdp" else axis for axis in rule(path_of(keys))))
+        mesh = model.layout.mesh
+        return leaf if mesh is None else jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Shardings of a whole train state, given as arrays or shapes.
 

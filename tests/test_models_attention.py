@@ -242,7 +242,7 @@ def test_remat_changes_no_gradient(remat: Any) -> None:
 @functools.partial(jax.jit, static_argnums=0)
 def run_block(model: Model, layer: Params, x: jax.Array, *context: jax.Array) -> jax.Array:
     block = Block(model.shape, model.numerics, model.layout)
-    return block.apply({"params": layer}, x, context)[0]  # type: ignore[index]
+    return block.apply({"params": layer}, x, None, context)[0]  # type: ignore[index]
 
 
 def test_the_scan_runs_the_layers_in_order() -> None:

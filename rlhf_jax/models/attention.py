@@ -107,6 +107,28 @@ def splash(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Arr
     return run(q, k, v, segments)
 
 
+def cached(q: Array, k: Array, v: Array, keys: Array, values: Array, visible: Array) -> Array:
+    """One new token a row, seeing itself and the `visible` of S earlier ones: what sampling runs.
+
+    Args:
+      q, k, v: [B, 1, H or G, d], of the new token.
+      keys, values: [B, G, S, d], of the earlier ones.
+      visible: [B, S] bool.
+    Returns: [B, 1, H, d].
+    """
+    q, k, v = _by_group(q, k, v)
+    q = q[..., 0, :]  # [B, G, H / G, d]
+    earlier = jnp.einsum("bghd,bgsd->bghs", q, keys, preferred_element_type=jnp.float32)
+    earlier += jnp.where(visible, 0.0, -1e30)[:, None, None]
+    own = jnp.einsum("bghd,bgsd->bghs", q, k, preferred_element_type=jnp.float32)
+    highest = jnp.maximum(jnp.max(earlier, axis=-1, keepdims=True), own)
+    weights, weight = jnp.exp(earlier - highest), jnp.exp(own - highest)
+    out = jnp.einsum("bghs,bgsd->bghd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    out += weight * v.astype(jnp.float32)  # [B, G, 1, d]: the same for the heads of a group
+    out /= jnp.sum(weights, axis=-1, keepdims=True) + weight
+    return out.reshape(out.shape[0], 1, -1, out.shape[-1]).astype(v.dtype)
+
+
 def auto(q: Array, k: Array, v: Array, segments: Array, layout: Layout) -> Array:
     """splash on TPUs for rows that fill its lanes, else blocked for more than one block, else dense."""
     device = layout.mesh.devices.flat[0] if layout.mesh is not None else None

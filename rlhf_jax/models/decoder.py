@@ -7,7 +7,7 @@ compile time do not grow with depth. `Model` is what the rest of the project see
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -68,6 +68,13 @@ class Numerics:
     chunk: Annotated[int, "tokens of one data shard whose logits are alive at a time"] = 1024
 
 
+class Cache(NamedTuple):
+    """Keys, already turned by their positions, and values of S tokens a row: [L, B, G, S, d], or a layer's."""
+
+    keys: Array
+    values: Array
+
+
 REMAT = {
     "none": lambda block: block,
     "dots": lambda block: nn.remat(
@@ -100,33 +107,43 @@ class _Module(nn.Module):
 
 
 class Block(_Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); x [B, T, D]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); x [B, T, D]. Also the new keys and values, if it keeps them."""
+
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, context: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def __call__(self, x: Array, cache: Cache | None, context: tuple[Array, Array, Array]) -> tuple[Array, Any]:
         shape, layout = self.shape, self.layout
-        segments, sines, cosines = context
+        seen, sines, cosines = context
         y = self.norm("attention_norm", x)
         q = self.dense("query", (shape.heads, shape.head_dim), shape.qkv_bias)(y)
         k = self.dense("key", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
         v = self.dense("value", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
         q, k = rotate(q, sines, cosines), rotate(k, sines, cosines)
         q, k, v = (layout.constrain(part, "rows", None, "heads", None) for part in (q, k, v))
-        y = attention.BACKENDS[self.numerics.attention](q, k, v, segments, layout)
+        if cache is None:
+            y = attention.BACKENDS[self.numerics.attention](q, k, v, seen, layout)
+        else:
+            y = attention.cached(q, k, v, cache.keys, cache.values, seen)
         x = x + self.dense("out", shape.width, shape.out_bias, axis=(-2, -1), deep=True)(y)
         y = self.norm("mlp_norm", x)
         gate = self.dense("gate", shape.mlp_width, shape.mlp_bias)(y)
         up = self.dense("up", shape.mlp_width, shape.mlp_bias)(y)
         y = layout.constrain(ACTIVATIONS[shape.activation](gate) * up, "rows", None, "mlp")
         x = x + self.dense("down", shape.width, shape.mlp_bias, deep=True)(y)
-        return layout.constrain(x, "rows", None, None), None
+        kept = Cache(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)) if self.keep else None
+        return layout.constrain(x, "rows", None, None), kept
 
 
 class Decoder(_Module):
-    """Tokens to hidden states, after the final norm."""
+    """Tokens to hidden states, after the final norm, and each layer's keys and values if it keeps them."""
+
+    keep: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Array, segments: Array, positions: Array) -> Array:
+    def __call__(
+        self, tokens: Array, seen: Array, positions: Array, cache: Cache | None = None
+    ) -> tuple[Array, Cache | None]:
         shape, numerics = self.shape, self.numerics
         init = nn.initializers.normal(shape.spread)
         dtype = jnp.dtype(numerics.param_dtype)
@@ -139,11 +156,11 @@ class Decoder(_Module):
         sines, cosines = angles(shape.rope, shape.head_dim, positions)
         stack = nn.scan(
             REMAT[numerics.remat](Block), variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=nn.broadcast, length=shape.layers,  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast), length=shape.layers,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        layers = stack(shape, numerics, self.layout, name="layers")
-        x, _ = layers(x, (segments, sines, cosines))
-        return self.norm("final_norm", x)
+        layers = stack(shape, numerics, self.layout, self.keep, name="layers")
+        x, kept = layers(x, cache, (seen, sines, cosines))
+        return self.norm("final_norm", x), kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +196,29 @@ class Model:
           segments: [B, T] int; a token sees only tokens of its own segment; 0 is padding.
           positions: [B, T] int, from 0 within each segment.
         """
-        return self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[return-value]
+        hidden, _ = self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[misc]
+        return hidden
+
+    def prefill(self, params: Params, tokens: Array, segments: Array, positions: Array) -> tuple[Array, Cache]:
+        """`apply`, and the keys and values of every token, in the compute dtype, [L, B, G, T, d]."""
+        module = Decoder(self.shape, self.numerics, self.layout, keep=True)
+        return module.apply({"params": params}, tokens, segments, positions)  # type: ignore[return-value]
+
+    def decode(
+        self, params: Params, tokens: Array, positions: Array, cache: Cache, visible: Array
+    ) -> tuple[Array, Cache]:
+        """One token a row behind those of a cache.
+
+        Args:
+          tokens, positions: [B] int, the token and its place in its row.
+          cache: of S tokens, [L, B, G, S, d], in any order: their positions are in the keys.
+          visible: [B, S] bool, which of them the row's token sees, besides itself.
+        Returns: the hidden states [B, D] as `apply` gives them, and the token's own keys and values
+          [L, B, G, 1, d], which the caller puts into the cache.
+        """
+        module = Decoder(self.shape, self.numerics, self.layout, keep=True)
+        hidden, new = module.apply({"params": params}, tokens[:, None], visible, positions[:, None], cache)  # type: ignore[misc]
+        return hidden[:, 0], new  # type: ignore[return-value]
 
     def head(self, params: Params) -> Head:
         """The output head, in the compute dtype."""

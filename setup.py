@@ -35,6 +35,7 @@ setup(
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.13",
         "jinja2>=3.1,<4",
+        "matplotlib>=3.11,<4",
         "numpy>=2.4,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",

@@ -99,8 +99,8 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0": (
         lambda x: x >= 0,
         (
-            "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "data.threads",
-            "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
+            "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "evaluate.patience",
+            "data.threads", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
         ),
     ),
     "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
@@ -124,6 +124,19 @@ def _check_values(config: Config) -> None:
                 raise UserError(f"{given} is not allowed; it must be {says}.")
         if "" in several:
             raise UserError(f"{given} is empty; give a value or drop the flag.")
+
+
+def _check_patience(config: Config) -> None:
+    if not config.evaluate.patience:
+        return
+    if not config.evaluate.every:
+        raise UserError("--config.evaluate.patience counts evaluations, and --config.evaluate.every=0 makes none.")
+    best = config.checkpoint
+    if not best.keep_best or (best.best, best.best_mode) != ("eval/loss", "min"):
+        raise UserError(
+            "--config.evaluate.patience keeps the checkpoint with the lowest eval/loss; leave "
+            "--config.checkpoint.keep_best at 1 or more, and best and best_mode as they are."
+        )
 
 
 def _check_batch(config: Config, shards: int) -> None:
@@ -156,6 +169,7 @@ def build(config: Config, workdir: epath.Path) -> Built:
     Errors: UserError for whatever the user can mend.
     """
     _check_values(config)
+    _check_patience(config)
     metrics.check(config.log)
     loss, reads, numbers, options = _loss(config)
     make_optimizer, rates = _optimizer(config)
@@ -186,6 +200,11 @@ def build(config: Config, workdir: epath.Path) -> Built:
             "check --config.model.tokenizer."
         )
     held_out = data.evaluation[: config.evaluate.rows]
+    if config.evaluate.patience and not held_out:
+        raise UserError(
+            "--config.evaluate.patience needs held-out rows and there are none; give --config.data.eval_path, or raise "
+            "--config.data.eval_share or --config.evaluate.rows."
+        )
     train = dataset.unpaired(data.train) if reads == "labelled" else data.train
     # Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
     if len({len(example.completions) for example in held_out}) > 1:

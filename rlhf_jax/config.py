@@ -63,6 +63,9 @@ class Evaluate:
 
     every: Annotated[int, "steps between evaluations; 0: only before the first step and after the last"] = 100
     rows: Annotated[int | None, "most held-out rows used; none: all"] = 512
+    patience: Annotated[
+        int, "evaluations in a row without a lower eval/loss after which the run ends; 0: it goes on to its last step"
+    ] = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ before anything is compiled.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from rlhf_jax.data.columns import Columns
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import Log, wilson
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.workdir import last_line, open_workdir
+from rlhf_jax.workdir import evaluations, last_line, open_workdir
 
 
 def use_compile_cache() -> None:
@@ -130,6 +131,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     step = open_workdir(place, config, resume)
     if step is not None and config.train.steps is not None and step >= config.train.steps:
         return _finished(place, step)
+    if step is not None and patience(place, config, step).ended:
+        return _finished(place, step)
     built = build(config, place)
     if step is not None and step >= built.steps:
         return _finished(place, step)
@@ -167,6 +170,31 @@ def announce(built: Built) -> None:
         print(f"  trained | {trained!r}", flush=True)
 
 
+class Patience:
+    """Ends a run whose held-out loss has stopped falling."""
+
+    def __init__(self, most: int):
+        self.most, self.best, self.since = most, math.inf, 0  # evaluations since the best one
+
+    def see(self, loss: float) -> None:
+        """Takes the loss of the next evaluation."""
+        lower = loss < self.best
+        self.best, self.since = (loss, 0) if lower else (self.best, self.since + 1)
+
+    @property
+    def ended(self) -> bool:
+        return 0 < self.most <= self.since
+
+
+def patience(workdir: epath.Path, config: Config, step: int) -> Patience:
+    """What the evaluations of a run, up to a step, left of its patience."""
+    made = Patience(config.evaluate.patience)
+    for row in evaluations(workdir):
+        if row["step"] <= step:
+            made.see(row["eval/loss"])
+    return made
+
+
 class Run:
     """The training loop of one built experiment."""
 
@@ -179,11 +207,14 @@ class Run:
         self.checkpoints = Checkpoints(built.workdir / "checkpoints", config.checkpoint)
         self.pending: list[Batch] = []
         self.position, self.tokens, self.evaluated = 0, 0, {}
+        self.scored = None  # the step of the last evaluation that a checkpoint was saved with
+        self.patience = patience(built.workdir, config, -1 if step is None else step)
         if step is not None:
             restored = self.checkpoints.restore(step, shapes, rows)
             state, self.pending = restored.state, restored.pending
             host = restored.host
             self.position, self.tokens, self.evaluated = host["position"], host["tokens"], host["evaluated"]
+            self.scored = self.evaluated.get("step")
             if host["data"] != built.data.fingerprint:
                 raise UserError(
                     f"the rows of {', '.join(config.data.path)} are not those that {built.workdir} was started with; "
@@ -251,7 +282,7 @@ class Run:
         step, last, row = int(self.state.step), None, {}
         if step == 0:
             self._evaluate(0)
-        while step < built.steps:
+        while step < built.steps and not self.patience.ended:
             batch = next(queue, None)
             if batch is None:
                 number, rows = next(feed)
@@ -267,12 +298,19 @@ class Run:
                 row, last = self._write(step - 1, last), None
             if due or step == built.steps:
                 self._evaluate(step)
+                # What would be loaded as the best must be there, and a run that ends must leave its end.
+                save = save or bool(config.evaluate.patience and (self.patience.since == 0 or self.patience.ended))
             if save:
                 rest = list(queue)  # they no longer read the state, so they can be made now
                 queue = iter(rest)
                 host = {"position": self.position, "tokens": self.tokens, "evaluated": self.evaluated}
                 host["data"] = built.data.fingerprint
-                self.checkpoints.save(step, self.state, host, rest, self.evaluated)
+                # An evaluation scores one checkpoint, the first after it: of equal scores the newest would be kept.
+                at = self.evaluated.get("step")
+                self.checkpoints.save(step, self.state, host, rest, {} if at == self.scored else self.evaluated)
+                self.scored = at
+        if self.patience.ended:
+            print(f"stopped: eval/loss has not fallen below {self.patience.best:.4g} {self.patience.since} times")
         return Result(self.state, row, self.evaluated)
 
     def _write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
@@ -297,6 +335,7 @@ class Run:
                 terms.append(term)
                 means.append(mean)
         self.evaluated = {"step": step, **summarise(terms, means), "eval/rows": len(self.built.held_out)}
+        self.patience.see(self.evaluated["eval/loss"])
         best = self.built.config.checkpoint
         if best.keep_best and best.best not in self.evaluated:
             raise UserError(

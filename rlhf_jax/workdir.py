@@ -1,5 +1,6 @@
 """The folder of a run: whether one may be started or resumed in it, and what it holds."""
 
+import contextlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from etils import epath
 
 from rlhf_jax import fields, sharding
 from rlhf_jax.build import load_tokenizer
-from rlhf_jax.checkpoint import latest, restore_params
+from rlhf_jax.checkpoint import is_sealed, latest, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
@@ -81,13 +82,36 @@ def last_line(file: epath.Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
+def evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
+    """What eval.jsonl says, a row an evaluation, without a line that a kill cut short."""
+    file, rows = workdir / "eval.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def best_step(workdir: epath.Path) -> int:
+    """The step of the whole checkpoint whose evaluation had the lowest eval/loss.
+
+    Errors: UserError if the folder holds no checkpoint that was evaluated.
+    """
+    folder = workdir / "checkpoints"
+    losses = {row["step"]: row["eval/loss"] for row in evaluations(workdir) if "eval/loss" in row}
+    there = [step for step in losses if is_sealed(folder / str(step))]
+    if not there:
+        raise UserError(f"{str(workdir)!r} holds no checkpoint that was evaluated; give the newest, without @best.")
+    return min(there, key=lambda step: losses[step])
+
+
 class Policy(NamedTuple):
     """A trained model with what it takes to use it."""
 
     model: Model
     params: Any
     tokenizer: Any
-    step: int
+    step: int  # of the run; 0 for a model that no run made
+    end_ids: tuple[int, ...] = ()  # tokens that its generation_config.json ends at
 
 
 def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
@@ -115,4 +139,76 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     tokenizer = load_tokenizer(hf.folder(config.model.tokenizer) if config.model.tokenizer else start)
     if config.data.chat_template is not None:
         tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
-    return Policy(model, params, tokenizer, found)
+    return Policy(model, params, tokenizer, found, _end_ids(start))
+
+
+def open_policy(
+    path: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, flag: str = "--model"
+) -> Policy:
+    """The model of a run's workdir, of a Hugging Face folder or of a Hub name.
+
+    Args:
+      path: of a run also WORKDIR@STEP, and WORKDIR@best for the checkpoint with the best evaluation.
+      step: as WORKDIR@STEP; none: the newest.
+      mesh: where to put it; None: the first device.
+      flag: what gave the path, for messages.
+    Errors: UserError where there is neither, or not that checkpoint.
+    """
+    name, at, wanted = path.rpartition("@")
+    if not at or not (wanted == "best" or wanted.isdecimal()) or _has_config(path):
+        name, wanted = path, ""
+    if wanted and step is not None:
+        raise UserError(f"{flag}={path} names a checkpoint and step={step} another; give one of them.")
+    workdir = epath.Path(os.path.expanduser(name))
+    if _has_config(name) and _is_run(workdir / "config.json"):
+        step = int(wanted) if wanted.isdecimal() else best_step(workdir) if wanted else step
+        return load_policy(workdir, step, mesh)
+    if wanted or step is not None:
+        raise UserError(
+            f"{name!r} holds no run, so it has no checkpoint {wanted or step}; give {flag} the workdir of one, or "
+            "leave the checkpoint away."
+        )
+    folder = hf.folder(name, flag)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{name!r} holds neither a run nor a model (no config.json); give {flag} a folder of either.")
+    mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
+    model = hf.describe(folder, layout=Layout(mesh))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model folder {name!r} holds no *.safetensors weights; give {flag} a folder with them.")
+    try:
+        tokenizer = load_tokenizer(folder)
+    except UserError as error:
+        reason = str(error.__cause__).split("\n")[0]
+        raise UserError(
+            f"model folder {name!r} holds no tokenizer that transformers can read ({reason}); give {flag} a folder "
+            "with one."
+        ) from error
+    params = hf.load(folder, model, lambda ours, _: sharding.param_sharding(mesh, ours))
+    return Policy(model, params, tokenizer, 0, _end_ids(folder))
+
+
+def _has_config(path: str) -> bool:
+    try:
+        return (epath.Path(os.path.expanduser(path)) / "config.json").exists()
+    except ImportError:  # gs:// needs a package of its own, which hf.folder names
+        return False
+
+
+def _is_run(file: epath.Path) -> bool:
+    """Whether a config.json is a run's rather than a model's."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError:
+        return False
+    return isinstance(values, dict) and "algorithm" in values
+
+
+def _end_ids(folder: epath.Path) -> tuple[int, ...]:
+    """The tokens that a model folder's generation_config.json ends at; () if it doesn't say."""
+    file = folder / "generation_config.json"
+    try:
+        values = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        return ()
+    ids = values.get("eos_token_id") if isinstance(values, dict) else None
+    return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int)

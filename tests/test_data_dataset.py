@@ -87,6 +87,18 @@ def test_rows_of_eval_path_are_held_out_and_their_prompts_not_trained(tmp_path, 
     assert not {e.prompt for e in data.train} & {e.prompt for e in data.evaluation}
 
 
+def test_documents_are_held_out_one_by_one(tmp_path, encoder):
+    """Their prompt is empty, so that it can't tell them apart; the same document stays on one side."""
+    rows = [{"prompt": "", "completion": f"Once there were {i % 50} cats."} for i in range(100)]
+    data = load(Data(path=(write(tmp_path / "rows.jsonl", rows),), eval_share=0.3), encoder, "demonstration", 64, 0)
+    held = {e.index for e in data.evaluation}
+    assert 10 < len(held) < 50 and {(i + 50) % 100 for i in held} == held
+    train, other = write(tmp_path / "train.jsonl", rows[:20]), write(tmp_path / "held.jsonl", rows[15:30])
+    data = load(Data(path=(train,), eval_path=(other,)), encoder, "demonstration", 64, 0)
+    assert (len(data.train), len(data.evaluation)) == (15, 15)
+    assert data.report.shared == tuple(f"{train}:{n}" for n in range(16, 21))
+
+
 def test_too_many_refused_rows_stop_the_run_with_the_first(tmp_path, encoder):
     rows = pairs(20)
     rows[6]["chosen"] = ""

@@ -1,5 +1,6 @@
 """The boundary between prompt and completion is exact on token ids, for every kind of tokenizer."""
 
+import copy
 import json
 import time
 
@@ -73,6 +74,33 @@ def test_strings_survive_the_way_there_and_back(tokenizers, encoders, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_alone_is_the_prompt_of_its_row(encoders, name):
+    @given(words.map("Q".__add__), words.filter(bool))
+    def law(prompt, answer):
+        (alone,) = encoders[name].prompts([prompt])
+        assert isinstance(alone, np.ndarray) and alone.dtype == np.int32
+        np.testing.assert_array_equal(alone, encoders[name].encode(prompt, answer).prompt)
+
+    law()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_prompt_is_what_stands_between_texts(encoders, name):
+    np.testing.assert_array_equal(encoders[name].prompts([""]), [[encoders[name].bos_id]])
+
+
+def test_an_empty_prompt_without_a_beginning_token_is_the_end_token():
+    bare = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
+    named = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>")
+    np.testing.assert_array_equal(Encoder(named).prompts([""]), [[1]])
+    nameless = Encoder(PreTrainedTokenizerFast(tokenizer_object=bare))
+    assert nameless.stop_ids() == ()
+    np.testing.assert_array_equal(nameless.prompts(["a"]), [[0]])
+    with pytest.raises(UserError, match="an empty prompt needs a beginning or an end token"):
+        nameless.prompts([""])
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_space_is_put_between_prompt_and_completion(tokenizers, encoders, name):
     for answer in ("Yes", " Yes", "  Yes", "\nYes"):
         assert completion(tokenizers[name], encoders[name].encode("Assistant:", answer)) == answer
@@ -127,6 +155,37 @@ def test_the_masked_tokens_are_the_answers_with_their_end(tokenizers, encoders):
     assert every.ids.tolist() == whole
     assert tokenizer.decode(every.ids[every.mask]) == "Good day.<|im_end|>\nFine, thanks.<|im_end|>\n"
     assert tokenizer.decode(every.ids[~every.mask]).count("<|im_end|>") == 2
+
+
+def test_the_prompts_of_conversations_are_those_of_their_rows(encoders):
+    encoder = encoders["minimind"]
+    strings, first, second, nothing = encoder.prompts(["Once", TALK[:1], TALK[:3], ()])
+    np.testing.assert_array_equal(strings, encoder.encode("Once", " upon").prompt)
+    np.testing.assert_array_equal(first, encoder.encode(TALK[:1], TALK[1:2]).prompt)
+    np.testing.assert_array_equal(second, encoder.encode(TALK[:3], TALK[3:]).prompt)
+    assert isinstance(nothing, Refusal)
+    with pytest.raises(UserError, match="no chat template"):
+        encoders["smollm2"].prompts([TALK[:1]])
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, ["<|endoftext|>", "<|im_end|>"]),
+        (CHATML.replace("<|im_end|>", " <|im_end|>"), ["<|endoftext|>", "<|im_end|>"]),
+        (CHATML.replace("<|im_end|>", "\nUser:"), ["<|endoftext|>"]),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:1] }}"), ["<|endoftext|>"]),
+        ("{{ raise_exception('no') }}", ["<|endoftext|>"]),
+    ],
+)
+def test_a_completion_ends_with_its_text_or_its_turn(tokenizers, tmp_path, template, ends):
+    file = tmp_path / "template.jinja"
+    file.write_text(template)
+    tokenizer = copy.deepcopy(tokenizers["minimind"])
+    tokenizer.eos_token = "<|endoftext|>"
+    encoder = Encoder(tokenizer, str(file))
+    assert tokenizer.convert_ids_to_tokens(encoder.stop_ids()) == ends
+    assert encoder.stop_ids([7, tokenizer.eos_token_id, 7]) == (*encoder.stop_ids(), 7)
 
 
 def test_a_template_file_serves_a_tokenizer_that_has_none(tokenizers, encoders, tmp_path):

@@ -24,7 +24,7 @@ from rlhf_jax.data.config import Data
 from rlhf_jax.metrics import Log, LogConfig
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.sharding import MeshShape
-from rlhf_jax.workdir import load_policy
+from rlhf_jax.workdir import best_step, load_policy
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -153,6 +153,94 @@ def test_other_rows_are_not_resumed(place, tmp_path):
     tiny.write_pairs(tmp_path / "rows.jsonl", 41)
     with pytest.raises(run.UserError, match="rows of .* are not those"):
         run.train(dataclasses.replace(config, train=Train(steps=3, batch_size=4)), str(tmp_path / "run"), resume=True)
+
+
+# ---- patience
+
+HELD_OUT = {0: 1.0, 2: 0.8, 4: 0.6, 6: 0.7, 8: 0.6, 10: 0.9, 12: 0.65}  # step -> its eval/loss
+
+
+@pytest.fixture
+def patient(place, monkeypatch) -> Config:
+    """A config with a patience of 3, whose evaluations have the losses of HELD_OUT."""
+    evaluate, now = run.Run._evaluate, []
+
+    def noted(self: run.Run, step: int) -> None:
+        now.append(step)
+        evaluate(self, step)
+
+    monkeypatch.setattr(run.Run, "_evaluate", noted)
+    monkeypatch.setattr(run, "summarise", lambda terms, means: {"eval/loss": HELD_OUT[now[-1]]})
+    return make_config(
+        place, "nll", algorithm="sft", train=Train(steps=20, batch_size=4), evaluate=Evaluate(every=2, patience=3),
+        checkpoint=CheckpointConfig(every=5, keep_last=1),
+    )  # fmt: skip
+
+
+def steps_kept(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
+
+
+def test_a_run_whose_held_out_loss_has_stopped_falling_ends(place, patient, capsys, monkeypatch):
+    """An equal loss is not lower; the best checkpoint outlives a newer one that the same evaluation came before."""
+    workdir = place / "patient"
+    first = run.train(patient, str(workdir))
+    assert "stopped: " in capsys.readouterr().out
+    assert [row["step"] for row in lines(workdir / "eval.jsonl")] == [0, 2, 4, 6, 8, 10]
+    assert lines(workdir / "metrics.jsonl")[-1] == first.metrics and first.metrics["step"] == 9
+    assert first.evaluation["step"] == 10 and steps_kept(workdir) == [4, 10]
+    assert best_step(epath.Path(workdir)) == 4 == load_policy(epath.Path(workdir), 4).step
+
+    with monkeypatch.context() as within:
+        within.delattr(run, "build")  # nothing is built
+        again = run.train(patient, str(workdir), resume=True)
+    assert "finished" in capsys.readouterr().out
+    assert again.state is None and again.metrics == first.metrics and again.evaluation == first.evaluation
+
+    more = dataclasses.replace(patient, evaluate=Evaluate(every=2, patience=4))
+    assert run.train(more, str(workdir), resume=True).evaluation["step"] == 12
+    assert steps_kept(workdir) == [4, 12]
+
+
+def test_a_killed_run_ends_where_it_would_have_ended(place, patient, monkeypatch):
+    workdir, write = place / "impatient", Log.step
+
+    def step(self: Log, row: dict[str, float], tokens: int) -> None:
+        if row["step"] == 7:
+            raise Killed
+        write(self, row, tokens)
+
+    with monkeypatch.context() as within, pytest.raises(Killed):
+        within.setattr(Log, "step", step)
+        run.train(patient, str(workdir))
+    assert lines(workdir / "eval.jsonl")[-1]["step"] == 6 and steps_kept(workdir) == [4, 5]
+    with (workdir / "eval.jsonl").open("a") as file:
+        file.write('{"step": 8, "eval/lo')  # the line that a kill cut short
+    assert run.train(patient, str(workdir), resume=True).evaluation["step"] == 10
+    assert [row["step"] for row in lines(workdir / "eval.jsonl")] == [0, 2, 4, 6, 8, 10]
+    assert steps_kept(workdir) == [4, 10]
+
+
+def test_without_an_evaluated_checkpoint_none_is_best(tmp_path):
+    with pytest.raises(run.UserError, match="holds no checkpoint"):
+        best_step(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"evaluate": Evaluate(patience=-1)}, "patience=-1 is not allowed; it must be at least 0"),
+        ({"evaluate": Evaluate(every=0, patience=1)}, "--config.evaluate.every"),
+        ({"evaluate": Evaluate(rows=0, patience=1)}, "held-out rows"),
+        ({"data": 0.0}, "held-out rows"),
+        ({"checkpoint": CheckpointConfig(keep_best=0)}, "--config.checkpoint.keep_best"),
+    ],
+)
+def test_patience_needs_evaluations_and_the_best(place, patient, tmp_path, changes, says):
+    if "data" in changes:
+        changes = {"data": dataclasses.replace(patient.data, eval_share=changes["data"])}
+    with pytest.raises(run.UserError, match=says):
+        run.build(dataclasses.replace(patient, **changes), epath.Path(tmp_path))
 
 
 # ---- what a run writes

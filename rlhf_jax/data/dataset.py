@@ -276,12 +276,13 @@ def _hash(*parts: bytes) -> int:
 
 
 def _prompt_text(item: _Item) -> bytes:
-    """What two rows of one prompt share: of a whole conversation, the turns before its first answer."""
+    """What two rows of one prompt share: of a whole conversation, the turns before its first answer.
+
+    Texts without a prompt share nothing unless they are the same.
+    """
     text = item.prompt or item.completions[0]
     if not item.prompt and not isinstance(text, str):
         text = tuple(itertools.takewhile(lambda m: m.role != "assistant", text))
-    elif not item.prompt:
-        text = ""
     return json.dumps(text).encode()
 
 

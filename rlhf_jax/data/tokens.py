@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer
 
-from rlhf_jax.data.rows import Conversation, Refusal, Text
+from rlhf_jax.data.rows import Conversation, Message, Refusal, Text
 from rlhf_jax.errors import UserError
 
 Ids = list[int]
@@ -140,6 +140,66 @@ class Encoder:
             rows[i] = tokens
         return [row for row in rows if row is not None]
 
+    # Generation
+
+    def prompts(self, prompts: Sequence[Text]) -> list[np.ndarray | Refusal]:
+        """What a completion is drawn behind, int32 [n] with n >= 1: a prompt's tokens as training sees them.
+
+        An empty string gives the beginning token, or the end token where there is none: what stands between
+        texts. A refusal stands in the place of its prompt.
+
+        Errors: UserError if nothing of the kind can be encoded with this tokenizer.
+        """
+        texts: list[str | Refusal] = []
+        for prompt in prompts:
+            try:
+                texts.append(prompt if isinstance(prompt, str) else self._asked(prompt))
+            except Refusal as refusal:
+                texts.append(refusal)
+        ids = _batch(self._start, [text for text in texts if isinstance(text, str)])
+        return [
+            text if isinstance(text, Refusal) else self._before(ids[text], isinstance(prompt, str))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+    def _asked(self, messages: Conversation) -> str:
+        self._check_chat()
+        if not messages:
+            raise Refusal("the prompt holds no message")
+        return self._render(messages, True)
+
+    def _before(self, ids: Ids, is_string: bool) -> np.ndarray | Refusal:
+        if is_string:
+            ids = self._begun(ids)
+        elif self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            return Refusal("the chat template writes the beginning token twice")
+        if not ids and self.bos_id is None and self.eos_id is None:
+            raise UserError("an empty prompt needs a beginning or an end token and the tokenizer has none; give a text")
+        return np.asarray(ids or [self._known(self.eos_id if self.bos_id is None else self.bos_id)], np.int32)
+
+    def stop_ids(self, others: Sequence[int] = ()) -> tuple[int, ...]:
+        """Tokens that end a completion: the end token, and with a chat template the one that ends a turn.
+
+        Args:
+          others: more of them, those of the model's generation_config.json.
+        """
+        own = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys((*own, *self._end_of_turn(), *others)))
+
+    def _end_of_turn(self) -> Ids:
+        """The added token that the template writes behind an answer; [] if it writes none."""
+        answer = "answer"
+        if not self.chat:
+            return []
+        try:
+            text = self._render((Message("user", "question"), Message("assistant", answer)), False)
+        except Refusal:
+            return []
+        _, found, after = text.rpartition(answer)
+        ids = _batch(self._middle, [after])[after] if found else []
+        first = next((i for i in ids if self._tokenizer.decode([i]).strip()), None)
+        return [first] if first is not None and first in self._tokenizer.added_tokens_decoder else []
+
     # Strings
 
     def _strings(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tokens | Refusal]:
@@ -153,12 +213,17 @@ class Encoder:
             yield self._string(prompts[prompt], (later if prompt else first)[completion])
 
     def _string(self, prompt: Ids, completion: Ids) -> Tokens | Refusal:
-        if self._adds_bos and prompt[:1] != [self.bos_id]:
-            prompt = [self._known(self.bos_id), *prompt]
+        prompt = self._begun(prompt)
         if completion[-1:] != [self.eos_id]:
             completion = [*completion, self._known(self.eos_id)]
         ids = prompt + completion
         return self._tokens(ids, [(len(prompt), len(ids))])
+
+    def _begun(self, prompt: Ids) -> Ids:
+        """With the beginning token, where the tokenizer writes one."""
+        if self._adds_bos and prompt[:1] != [self.bos_id]:
+            return [self._known(self.bos_id), *prompt]
+        return prompt
 
     def _known(self, token: int | None) -> int:
         assert token is not None
@@ -190,17 +255,20 @@ class Encoder:
         return [p if isinstance(p, Refusal) else self._planned(p, ids) for p in plans]
 
     def _plan(self, prompt: Text, completion: Text, render: Callable[[Conversation, bool], str]) -> _Plan:
-        if not self.chat:
-            raise UserError(
-                "the rows hold messages and the tokenizer has no chat template; give one with "
-                "--config.data.chat_template=FILE, or rows with string columns"
-            )
+        self._check_chat()
         if isinstance(prompt, str) or isinstance(completion, str):
             raise Refusal("one of prompt and completion is a string and the other a list of messages")
         turns = prompt + completion
         answers = [i for i in range(len(prompt), len(turns)) if turns[i].role == "assistant"]
         spans = tuple((render(turns[:i], True), render(turns[: i + 1], False)) for i in answers)
         return _Plan(render(turns, False), spans)
+
+    def _check_chat(self) -> None:
+        if not self.chat:
+            raise UserError(
+                "the rows hold messages and the tokenizer has no chat template; give one with "
+                "--config.data.chat_template=FILE, or rows with string columns"
+            )
 
     def _render(self, messages: Conversation, generation: bool) -> str:
         try:

@@ -1,172 +1,225 @@
-"""The whole way in a minute: make quickstart.
+"""The whole way in five minutes: make quickstart.
 
-Makes a tiny model, fine-tunes it on demonstrations of mixed manners, then trains it with DPO on which manners
-people prefer, and prints what each stage changed on prompts that were never trained on. The rows are written
-here: eight kinds of requests, each with a good answer and a poor one.
+Pre-trains a tiny model on a small world (docs/world.md), fine-tunes it on demonstrations, lets simulated people
+compare its answers, trains DPO, IPO and KTO on what they said, and writes a report of what each stage changed on
+prompts that were never trained on. The people err in 15% of their labels and like long answers; the reward that
+the report shows is the known one of the world, which no training saw.
+
+    python -m experiments.quickstart --seeds=0,1,2     # the same three times over, every seed shown
 """
 
 import dataclasses
-import itertools
 import json
 import os
-import random
-from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import jax
-import numpy as np
 from etils import epath
 from rich.console import Console
-from rich.table import Table
 
-from rlhf_jax import flags, run, sharding
-from rlhf_jax.algorithms.preference import completion_logprobs
+from experiments import evaluate as evaluation
+from rlhf_jax import flags, report, run
+from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.config import Config, Evaluate, Loss, ModelConfig, OptimizerConfig, Train
-from rlhf_jax.data import dataset
+from rlhf_jax.data import labellers, world, world_rows
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.loader import once
 from rlhf_jax.data.tokens import Encoder
-from rlhf_jax.metrics import LogConfig, wilson
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate.answers import Subject, answer
+from rlhf_jax.evaluate.compare import Result, compare
+from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.workdir import Policy, load_policy
+from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.workdir import open_policy
 
-NAMES = "Ada Ben Cleo Dan Eva Finn Gia Hugo Iris Jon Kim Leo Mia Ned Ola Pia".split()
-THINGS = "book cup drum fork gate hat key lamp map nail oven pen rope shoe tent vase".split()
-# Request, good answer, poor answer. The poor ones are curt, padded or beside the point.
-KINDS = (
-    ("Greet {name}.", "Hello {name}, how nice to see you.", "What do you want, {name}?"),
-    ("Thank {name} for the {thing}.", "Thank you for the {thing}, {name}.", "A {thing}. Fine."),
-    ("Ask {name} for a {thing}.", "{name}, may I please have a {thing}?", "Give me a {thing}, {name}."),
-    ("Tell {name} the {thing} is lost.", "I am sorry, {name}, the {thing} is lost.", "Lost. Not my problem, {name}."),
-    ("Where does {name} keep the {thing}?", "I do not know, but {name} can tell you.", "In the {thing}, obviously."),
-    ("Spell the word {thing}.", "Gladly: {letters}.", "No. Look it up."),
-    ("Say {thing} twice.", "Of course: {thing}, {thing}.", "{thing} {thing} {thing} {thing} {thing}"),
-    ("Wish {name} a good day.", "Have a lovely day, {name}.", "Days are days, {name}."),
-)
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 288,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "initializer_range": 0.1,
+    "tie_word_embeddings": True,
 }  # fmt: skip
+WORLD = world_rows.World(documents=16000, demonstrations=3000, prompts=3000)
+# Losses; everything else is the same for all of them.
+METHODS = ("dpo", "ipo", "kto")
+LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
+SAMPLING = Sampling(max_new_tokens=40)
 
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """SFT, then DPO, of a tiny model on rows written for it, ending in a table."""
+    """Pre-training, SFT, then DPO, IPO and KTO of a tiny model on the synthetic world, ending in report.html."""
 
     workdir: Annotated[str, "folder that everything is written to"] = "runs/quickstart"
+    seeds: Annotated[tuple[int, ...], "each is a whole run of its own, from the rows to the answers"] = (0,)
 
 
-def requests(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Every request once, in a seeded order, with its good and its poor answer."""
-    cases = list(itertools.product(KINDS, NAMES, THINGS))
-    random.Random(seed).shuffle(cases)
-    seen = set()
-    for texts, name, thing in cases:
-        ask, good, poor = (text.format(name=name, thing=thing, letters=" ".join(thing)) for text in texts)
-        if ask not in seen:
-            seen.add(ask)
-            yield ask, good, poor
-
-
-def write_rows(folder: epath.Path) -> None:
-    """600 demonstrations, good and poor alike; 400 pairs; 100 held-out pairs; no request in two files."""
-    rows = list(itertools.islice(requests(seed=0), 1100))
-    coin = random.Random(1)
-    user = lambda text: {"role": "user", "content": text}
-    answer = lambda text: {"role": "assistant", "content": text}
-    demonstrations = [{"messages": [user(ask), answer(coin.choice(two))]} for ask, *two in rows[:600]]
-    pairs = [
-        {"prompt": [user(ask)], "chosen": [answer(good)], "rejected": [answer(poor)]} for ask, good, poor in rows[600:]
-    ]
-    for name, part in (("demonstrations", demonstrations), ("pairs", pairs[:400]), ("held_out", pairs[400:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-
-
-def write_model(folder: epath.Path) -> None:
-    """A config without weights, and a tokenizer made from the requests' own words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def write_model(folder: epath.Path, texts: list[str]) -> None:
+    """A config without weights, and a byte-level tokenizer made from the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"], special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+        vocab_size=SHAPE["vocab_size"], special_tokens=["<|start|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
-    tokenizer.train_from_iterator((" ".join(row) for row in requests(seed=0)), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
-    fast.chat_template = TEMPLATE
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     fast.save_pretrained(os.fspath(folder))
     (folder / "config.json").write_text(json.dumps(SHAPE, indent=2))
 
 
-def stage(algorithm: str, loss: str, model: epath.Path, init: str, rows: epath.Path, steps: int, rate: float) -> Config:
-    """The config of one stage; what is not said here has its default."""
-    return Config(
-        algorithm=algorithm,  # pyright: ignore[reportArgumentType]
-        model=ModelConfig(path=os.fspath(model), init=init),  # pyright: ignore[reportArgumentType]
-        data=Data(path=(os.fspath(rows),), buckets=(32,)),
-        loss=Loss(name=loss),
-        optimizer=OptimizerConfig(learning_rate=rate, schedule="cosine", warmup=10),
-        train=Train(steps=steps, batch_size=16),
-        evaluate=Evaluate(every=0),
-        log=LogConfig(tensorboard=False),
-    )
+class Chain:
+    """The stages of one seed, each in its own folder below `root`; what is finished is not done again."""
+
+    def __init__(self, root: epath.Path, seed: int):
+        self.root, self.seed = root, seed
+        self.rows, self.base = root / "rows", root / "base"
+        if not (self.base / "config.json").exists():  # it is written last
+            world_rows.write(self.rows, dataclasses.replace(WORLD, seed=seed))
+            documents = (self.rows / "documents.jsonl").read_text().splitlines()
+            write_model(self.base, [json.loads(line)["completion"] for line in documents])
+
+    def train(self, name: str, start: str | None, config: Config) -> None:
+        """One stage, from random weights or from those of the stage before."""
+        model = self.base if start is None else self._exported(start)
+        section = ModelConfig(path=os.fspath(model), init="random" if start is None else "checkpoint")
+        run.train(dataclasses.replace(config, model=section, seed=self.seed), os.fspath(self.root / name), resume=True)
+
+    def _exported(self, stage: str) -> epath.Path:
+        """The best checkpoint of a stage as a model folder."""
+        folder = self.root / f"{stage}_model"
+        if not (folder / "tokenizer_config.json").exists():  # it is written last
+            policy = open_policy(f"{self.root / stage}@best")
+            hf.write(folder, policy.model, policy.params)
+            policy.tokenizer.save_pretrained(os.fspath(folder))
+        return folder
+
+    def likelihood(self, name: str, start: str | None, rows: str, rate: float, every: int) -> None:
+        """Trains on what is written, until held-out text has not become likelier twice in a row."""
+        self.train(name, start, Config(
+            algorithm="sft", loss=Loss(name="nll"),
+            data=Data(path=(self._file(rows),), eval_path=(self._file(f"{rows}_held_out"),), **LENGTH),
+            optimizer=OptimizerConfig(learning_rate=rate, schedule="constant", warmup=50),
+            train=Train(steps=3000, batch_size=32), evaluate=Evaluate(every=every, patience=2),
+            checkpoint=CheckpointConfig(every=0, keep_last=1), log=LogConfig(tensorboard=False),
+        ))  # fmt: skip
+
+    def _file(self, name: str) -> str:
+        return os.fspath(self.rows / f"{name}.jsonl")
+
+    def ask_people(self) -> None:
+        """Two answers of the fine-tuned model to each training prompt, compared by three of five people each."""
+        file = self.rows / "answers.jsonl"
+        if file.exists():
+            return
+        prompts = [json.loads(line)["prompt"] for line in (self.rows / "prompts.jsonl").read_text().splitlines()]
+        subject = self.subject("sft")
+        answers = answer(subject, Encoder(subject.tokenizer), prompts, SAMPLING, samples=2, seed=self.seed)
+        first, second = zip(*answers.texts, strict=True)
+        people = labellers.panel(WORLD.labellers, self.seed)
+        rows = labellers.label_pairs(prompts, first, second, people, WORLD.labels, self.seed)
+        wrong = sum(row["gold_margin"] < 0 for row in rows) / sum(row["gold_margin"] != 0 for row in rows)
+        print(f"people compared {len(rows)} pairs; in {wrong:.0%} of those that differ they chose the worse answer")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def prefer(self, name: str) -> None:
+        """Trains one method on what people preferred."""
+        self.train(name, "sft", Config(
+            algorithm="preference", loss=Loss(name=name), data=Data(path=(self._file("answers"),), **LENGTH),
+            optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup=10),
+            train=Train(steps=120, batch_size=32), evaluate=Evaluate(every=40),
+            checkpoint=CheckpointConfig(every=0, keep_last=1), log=LogConfig(tensorboard=False),
+        ))  # fmt: skip
+
+    def subject(self, stage: str) -> Subject:
+        best = "@best" if stage in ("pretrain", "sft") else ""
+        policy = open_policy(f"{self.root / stage}{best}")
+        return Subject(stage, policy.model, policy.params, policy.tokenizer, policy.end_ids)
+
+    def results(self) -> tuple[list[str], list[Result]]:
+        """What every stage answers to the held-out prompts."""
+        rows = (self.rows / "prompts_held_out.jsonl").read_text().splitlines()
+        prompts = [json.loads(line)["prompt"] for line in rows]
+        subjects = [self.subject(stage) for stage in ("pretrain", "sft", *METHODS)]
+        results = compare(
+            subjects, prompts, {}, world.gold, baseline="sft", sampling=SAMPLING, samples=4, seed=self.seed
+        )  # fmt: skip
+        return prompts, results
+
+    def curves(self) -> list[report.Block]:
+        """What the log files of the stages hold."""
+        held_out = {stage: self._curve(stage, "eval", "eval/loss") for stage in ("pretrain", "sft")}
+        margins = {stage: self._curve(stage, "metrics", "rewards/margins") for stage in METHODS}
+        losses = {stage: self._curve(stage, "metrics", "loss") for stage in METHODS}
+        return [
+            report.Lines("Held-out loss until it stops falling", "step", "nats a token", held_out),
+            report.Lines("Reward margin of the training pairs", "step", "reward, chosen less rejected", margins),
+            report.Lines("Training loss", "step", "loss, each of its own kind", losses),
+        ]
+
+    def _curve(self, stage: str, file: str, metric: str) -> tuple[list[float], list[float]]:
+        rows = map(json.loads, (self.root / stage / f"{file}.jsonl").read_text().splitlines())
+        points = [(row["step"], row[metric]) for row in rows if metric in row]
+        return [x for x, _ in points], [y for _, y in points]
 
 
-def preferences(policy: Policy, pairs: epath.Path) -> tuple[float, int, float]:
-    """Share and number of held-out pairs whose good answer the model finds likelier, and its nats a token."""
-    data = Data(path=(os.fspath(pairs),), eval_share=0.0)
-    length = policy.model.shape.length
-    examples = dataset.load(data, Encoder(policy.tokenizer), "pair", length, seed=0).train
-    measure = jax.jit(lambda params, rows: completion_logprobs(policy.model, params, rows))
-    logprob, tokens = [], []
-    for rows in once(examples, batch_size=20, length=length, buckets=(32,)):
-        placed = sharding.place_rows(rows, policy.model.layout.mesh)  # pyright: ignore[reportArgumentType]
-        for kept, values in zip((logprob, tokens), measure(policy.params, placed), strict=True):
-            kept.append(np.asarray(values, np.float64)[rows["weight"] > 0])
-    logprobs, lengths = np.concatenate(logprob), np.concatenate(tokens)
-    nats = -logprobs[:, 0].sum() / lengths[:, 0].sum()
-    return float(np.mean(logprobs[:, 0] > logprobs[:, 1])), len(logprobs), float(nats)
+def run_seed(root: epath.Path, seed: int, console: Console) -> tuple[Chain, list[str], list[Result]]:
+    """All stages of one seed."""
+    chain = Chain(root, seed)
+    console.rule(f"seed {seed}: 1. pre-training on the documents of the world")
+    chain.likelihood("pretrain", None, "documents", rate=4e-3, every=100)
+    console.rule(f"seed {seed}: 2. supervised fine-tuning on demonstrations")
+    chain.likelihood("sft", "pretrain", "demonstrations", rate=1e-3, every=50)
+    console.rule(f"seed {seed}: 3. people compare two answers to each prompt")
+    chain.ask_people()
+    for name in METHODS:
+        console.rule(f"seed {seed}: 4. {name.upper()} on what people preferred")
+        chain.prefer(name)
+    console.rule(f"seed {seed}: 5. answers to prompts that were never trained on")
+    return chain, *chain.results()
+
+
+STORY = (
+    "A tiny model was pre-trained on the documents of a small world, fine-tuned on demonstrations until the held-out "
+    "loss stopped falling, and then trained with DPO, IPO and KTO on its own answers as simulated people compared "
+    f"them. These people err in {WORLD.labeller.noise:.0%} of their labels and like long answers.",
+    "The gold reward is the known one of the world, from -3 to 3: 2 for a right answer, 1 for politeness (-1 for "
+    "rudeness), less 0.1 for each word too many. Nothing was trained on it, and no prompt below was in any training.",
+)
 
 
 def main(program: Quickstart) -> None:
     """Runs it."""
+    if not program.seeds or len(set(program.seeds)) < len(program.seeds) or min(program.seeds) < 0:
+        raise UserError(f"--seeds={program.seeds} is not allowed; give different numbers of at least 0, as in 0,1,2.")
     run.use_compile_cache()
-    root = epath.Path(os.path.expanduser(program.workdir))
-    base = root / "base"
-    base.mkdir(parents=True, exist_ok=True)
-    write_rows(root)
-    write_model(base)
-    console = Console()
-    console.rule("1. supervised fine-tuning on mixed demonstrations")
-    sft = stage("sft", "nll", base, "random", root / "demonstrations.jsonl", steps=300, rate=3e-3)
-    run.train(sft, os.fspath(root / "sft"), resume=True)
-    start = load_policy(root / "sft")
-    exported = root / "sft_model"
-    hf.write(exported, start.model, start.params)
-    start.tokenizer.save_pretrained(os.fspath(exported))
-    console.rule("2. DPO on which answer people prefer")
-    dpo = stage("preference", "dpo", exported, "checkpoint", root / "pairs.jsonl", steps=60, rate=3e-4)
-    run.train(dpo, os.fspath(root / "dpo"), resume=True)
-    table = Table(title="100 held-out requests")
-    for column in ("model", "finds the good answer likelier", "95% interval", "nats a token of the good answer"):
-        table.add_column(column)
-    for name in ("sft", "dpo"):
-        share, count, nats = preferences(load_policy(root / name), root / "held_out.jsonl")
-        low, high = wilson(share, count)
-        table.add_row(name, f"{share:.0%}", f"{low:.0%} to {high:.0%}", f"{nats:.2f}")
-    console.print(table)
-    console.print(f"Everything is in {root}: metrics.jsonl and checkpoints of both runs, and the rows to look at.")
+    root, console = epath.Path(os.path.expanduser(program.workdir)), Console()
+    blocks: list[report.Block] = [report.Text("What was done", STORY)]
+    tables = []
+    for seed in program.seeds:
+        chain, prompts, results = run_seed(root / f"seed{seed}", seed, console)
+        title = f"seed {seed}: {len(prompts)} held-out prompts, gold reward"
+        tables.append(evaluation.table(results, "sft", title))
+        drawn = [*evaluation.pictures(results, "sft", "gold reward"), *chain.curves()]
+        blocks += [tables[-1], *drawn, evaluation.side_by_side(results, prompts)]
+        file = root / f"seed{seed}" / "results.json"
+        file.write_text(json.dumps(evaluation.as_json(results), indent=2) + "\n")
+        evaluation.write_answers(root / f"seed{seed}" / "answers.jsonl", results, prompts)
+    for table in tables:
+        evaluation.tell(table)
+    seeds = ",".join(map(str, program.seeds))
+    command = f"python -m experiments.quickstart --seeds={seeds}"
+    blocks.append(report.Code("How it was made", command))
+    print(f"wrote {report.write(root / 'report.html', 'What training changed', blocks)}")
 
 
 if __name__ == "__main__":

@@ -52,12 +52,12 @@ ALLOWED = {
 }
 
 
-def check(sampling: Sampling, flag: str = "--sampling") -> None:
+def check(sampling: Sampling, flag: str = "--sampling.") -> None:
     """Errors: UserError naming the first number that means nothing; `flag` is what its flags begin with."""
     for name, (allowed, test) in ALLOWED.items():
         value = getattr(sampling, name)
         if not test(value):
-            raise UserError(f"{flag}.{name}={value} is not allowed; it must be {allowed}.")
+            raise UserError(f"{flag}{name}={value} is not allowed; it must be {allowed}.")
 
 
 def knobs(sampling: Sampling, stop_ids: tuple[int, ...]) -> Knobs:

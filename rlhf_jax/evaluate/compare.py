@@ -1,0 +1,107 @@
+"""Several models on the same prompts, each against one of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.data.rows import Text
+from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate.answers import Answers, Subject, answer, logprobs
+from rlhf_jax.evaluate.intervals import Estimate, paired
+from rlhf_jax.evaluate.scorers import Scorer, score
+from rlhf_jax.sampling.distribution import Sampling
+
+
+class Result(NamedTuple):
+    """What one model is worth; every estimate is a mean over prompts with its 95% interval."""
+
+    name: str
+    texts: list[list[str]]  # for each prompt, its samples
+    scores: np.ndarray  # [prompts, samples]
+    score: Estimate
+    gain: Estimate  # score above the baseline's, of the same prompts
+    wins: Estimate  # share of pairs of answers, one of each model, that score higher; a tie counts a half
+    kl: Estimate | None  # nats an answer: sum over its tokens of log policy - log baseline, sampled from the policy
+    tokens: Estimate  # of an answer, the one that ended it included
+    ended: float  # share of answers that ended by themselves
+
+
+def has_kl(sampling: Sampling) -> bool:
+    """Whether answers drawn so are an unbiased sample of the policy at its temperature."""
+    whole = sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0 and sampling.repetition_penalty == 1
+    return whole and sampling.temperature > 0
+
+
+def compare(
+    subjects: Sequence[Subject],
+    prompts: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]],
+    scorer: Scorer,
+    *,
+    baseline: str,
+    sampling: Sampling = Sampling(),
+    samples: int = 1,
+    seed: int = 0,
+    chat_template: str | None = None,
+) -> list[Result]:
+    """Answers, scores and compares, in the order of the subjects.
+
+    The KL is left out where the baseline has another tokenizer, or where the sampling is not that of the whole
+    softmax: it would be the KL of no distribution.
+
+    Args:
+      columns: other columns of the prompts' rows, for the scorer.
+      baseline: the name of the subject that the others are held against.
+    Errors: UserError for an unknown baseline, two subjects of one name, and what `answer` and `score` refuse.
+    """
+    names = [subject.name for subject in subjects]
+    if baseline not in names or len(set(names)) < len(names):
+        raise UserError(f"the baseline {baseline!r} must be one of the models, whose names must differ: {names}.")
+    encoders = [Encoder(subject.tokenizer, chat_template) for subject in subjects]
+    base = names.index(baseline)
+    drawn = [answer(s, e, prompts, sampling, samples, seed) for s, e in zip(subjects, encoders, strict=True)]
+    scores = [np.asarray(score(scorer, prompts, answers.texts, columns)) for answers in drawn]
+    kls: list[np.ndarray | None] = []
+    for subject, encoder, answers in zip(subjects, encoders, drawn, strict=True):
+        same = encoder.fingerprint == encoders[base].fingerprint and has_kl(sampling)
+        # Both from the same pass, so that a model's KL to itself is 0 to the last bit.
+        own, other = (logprobs(s, answers, sampling.temperature) for s in (subject, subjects[base])) if same else (0, 0)
+        kls.append(np.mean(np.subtract(own, other), axis=1) if same else None)
+    estimates = paired(_columns(names, drawn, scores, kls, base), seed=seed)
+    results = []
+    for name, answers, values in zip(names, drawn, scores, strict=True):
+        said = {part: estimates.get(f"{name}\n{part}") for part in ("score", "gain", "wins", "kl", "tokens")}
+        ended = float(np.mean([c.stop == "end" for row in answers.completions for c in row]))
+        results.append(Result(name, answers.texts, values, **said, ended=ended))  # pyright: ignore[reportArgumentType]
+    return results
+
+
+def _columns(
+    names: Sequence[str],
+    drawn: Sequence[Answers],
+    scores: Sequence[np.ndarray],
+    kls: Sequence[np.ndarray | None],
+    base: int,
+) -> dict[str, np.ndarray]:
+    """A number a prompt for everything that is estimated."""
+    columns = {}
+    for name, answers, values, kl in zip(names, drawn, scores, kls, strict=True):
+        columns[f"{name}\nscore"] = values.mean(axis=1)
+        columns[f"{name}\ngain"] = values.mean(axis=1) - scores[base].mean(axis=1)
+        columns[f"{name}\nwins"] = win_shares(values, scores[base])
+        columns[f"{name}\ntokens"] = np.asarray([np.mean([len(c.tokens) for c in row]) for row in answers.completions])
+        if kl is not None:
+            columns[f"{name}\nkl"] = kl
+    return columns
+
+
+def win_shares(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """For each prompt, the share of pairs of answers that ours win; a tie counts a half.
+
+    >>> print(win_shares(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0]])))
+    [0.875]
+    """
+    difference = ours[:, :, None] - theirs[:, None, :]
+    return np.mean((np.sign(difference) + 1) / 2, axis=(1, 2))

@@ -57,7 +57,7 @@ def main() -> None:
     seconds = []
     for number in range(args.rounds + 1):
         start = time.perf_counter()
-        done = sampler.generate(params, prompts, sampling, np.array([0, number], np.uint32))
+        done = sampler.generate(params, prompts, sampling, jax.random.PRNGKey(number))
         seconds.append(time.perf_counter() - start)
         assert all(len(completion.tokens) == args.new for (completion,) in done)
     new = args.batch * args.new

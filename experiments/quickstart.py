@@ -40,7 +40,9 @@ SHAPE = {
     "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }  # fmt: skip
-WORLD = world_rows.World(documents=16000, demonstrations=3000, prompts=3000)
+WORLD = world_rows.World(
+    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=0
+)  # fmt: skip
 # Losses; everything else is the same for all of them.
 METHODS = ("dpo", "ipo", "kto")
 LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
@@ -125,7 +127,8 @@ class Chain:
         subject = self.subject("sft")
         answers = answer(subject, Encoder(subject.tokenizer), prompts, SAMPLING, samples=2, seed=self.seed)
         first, second = zip(*answers.texts, strict=True)
-        people = labellers.panel(WORLD.labellers, self.seed)
+        knobs = {name: value for name, value in dataclasses.asdict(WORLD.labeller).items() if name != "seed"}
+        people = labellers.panel(WORLD.labellers, self.seed, **knobs)
         rows = labellers.label_pairs(prompts, first, second, people, WORLD.labels, self.seed)
         wrong = sum(row["gold_margin"] < 0 for row in rows) / sum(row["gold_margin"] != 0 for row in rows)
         print(f"people compared {len(rows)} pairs; in {wrong:.0%} of those that differ they chose the worse answer")
@@ -159,11 +162,11 @@ class Chain:
         """What the log files of the stages hold."""
         held_out = {stage: self._curve(stage, "eval", "eval/loss") for stage in ("pretrain", "sft")}
         margins = {stage: self._curve(stage, "metrics", "rewards/margins") for stage in METHODS}
-        losses = {stage: self._curve(stage, "metrics", "loss") for stage in METHODS}
+        right = {stage: self._curve(stage, "eval", "eval/rewards/accuracies") for stage in METHODS}
         return [
             report.Lines("Held-out loss until it stops falling", "step", "nats a token", held_out),
             report.Lines("Reward margin of the training pairs", "step", "reward, chosen less rejected", margins),
-            report.Lines("Training loss", "step", "loss, each of its own kind", losses),
+            report.Lines("Held-out pairs ranked as people did", "step", "share of pairs", right),
         ]
 
     def _curve(self, stage: str, file: str, metric: str) -> tuple[list[float], list[float]]:

@@ -132,7 +132,7 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     if step is not None and config.train.steps is not None and step >= config.train.steps:
         return _finished(place, step)
     if step is not None and patience(place, config, step).ended:
-        return _finished(place, step)
+        return _finished(place, step, "its patience ran out; a higher --config.evaluate.patience goes on")
     built = build(config, place)
     if step is not None and step >= built.steps:
         return _finished(place, step)
@@ -145,8 +145,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     return Run(built, step).train()
 
 
-def _finished(workdir: epath.Path, step: int) -> Result:
-    print(f"finished: {workdir} holds step {step}, the last; there is nothing left to do")
+def _finished(workdir: epath.Path, step: int, why: str = "there is nothing left to do") -> Result:
+    print(f"finished: {workdir} holds step {step}, the last; {why}")
     return Result(None, last_line(workdir / "metrics.jsonl"), last_line(workdir / "eval.jsonl"))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def best_step(workdir: epath.Path) -> int:
     there = [step for step in losses if is_sealed(folder / str(step))]
     if not there:
         raise UserError(f"{str(workdir)!r} holds no checkpoint that was evaluated; give the newest, without @best.")
-    return min(there, key=lambda step: losses[step])
+    return min(there, key=lambda step: (math.isnan(losses[step]), losses[step]))
 
 
 class Policy(NamedTuple):

@@ -56,8 +56,9 @@ def shown(estimate: Estimate | None, share: bool = False) -> str:
     """An estimate as text, its interval in brackets."""
     if estimate is None:
         return "none"
-    style = "{:.0%} ({:.0%} to {:.0%})" if share else "{:.2f} ({:.2f} to {:.2f})"
-    return style.format(*(x + 0.0 for x in estimate))
+    number = "{:z.0%}" if share else "{:z.2f}"
+    mean, low, high = (number.format(x) for x in estimate)
+    return f"{mean} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"  # a narrow column breaks before the bracket
 
 
 def table(results: Sequence[Result], baseline: str, title: str, note: str = LEGEND) -> report.Table:

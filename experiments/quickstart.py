@@ -164,7 +164,7 @@ class Chain:
         margins = {stage: self._curve(stage, "metrics", "rewards/margins") for stage in METHODS}
         right = {stage: self._curve(stage, "eval", "eval/rewards/accuracies") for stage in METHODS}
         return [
-            report.Lines("Held-out loss until it stops falling", "step", "nats a token", held_out),
+            report.Lines("Held-out loss until it stops falling", "step", "nats a token", held_out, log_y=True),
             report.Lines("Reward margin of the training pairs", "step", "reward, chosen less rejected", margins),
             report.Lines("Held-out pairs ranked as people did", "step", "share of pairs", right),
         ]

@@ -32,6 +32,7 @@ from rlhf_jax.evaluate.compare import Result, compare
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.sampler import Sampler
 from rlhf_jax.workdir import open_policy
 
 SHAPE = {
@@ -125,7 +126,8 @@ class Chain:
             return
         prompts = [json.loads(line)["prompt"] for line in (self.rows / "prompts.jsonl").read_text().splitlines()]
         subject = self.subject("sft")
-        answers = answer(subject, Encoder(subject.tokenizer), prompts, SAMPLING, samples=2, seed=self.seed)
+        sampler = Sampler(subject.model, samples=2)
+        answers = answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, self.seed)
         first, second = zip(*answers.texts, strict=True)
         knobs = {name: value for name, value in dataclasses.asdict(WORLD.labeller).items() if name != "seed"}
         people = labellers.panel(WORLD.labellers, self.seed, **knobs)

@@ -1,5 +1,6 @@
 """A model's answers to prompts, with the log-probabilities that it and another model give them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,18 +37,24 @@ class Answers(NamedTuple):
 
 
 def answer(
-    subject: Subject, encoder: Encoder, prompts: Sequence[Text], sampling: Sampling, samples: int, seed: int
+    subject: Subject, encoder: Encoder, sampler: Sampler, prompts: Sequence[Text], sampling: Sampling, seed: int
 ) -> Answers:
-    """Draws `samples` answers to each prompt.
+    """Draws the sampler's number of answers to each prompt.
 
+    Args:
+      sampler: of a model like the subject's; one serves all parameters of it, and compiles once.
     Errors: UserError naming a prompt that can't be encoded, or that leaves no room for an answer.
     """
     ids = []
     for number, encoded in enumerate(encoder.prompts(prompts)):
         if isinstance(encoded, Exception):
             raise UserError(f"prompt number {number + 1} can't be used by {subject.name}: {encoded}.")
+        if encoded.max() >= subject.model.shape.vocab:
+            raise UserError(
+                f"the tokenizer of {subject.name} gives token {encoded.max()}, but the model's vocabulary ends at "
+                f"{subject.model.shape.vocab - 1}; give a folder whose tokenizer belongs to its model."
+            )
         ids.append(encoded)
-    sampler = Sampler(subject.model, samples=samples)
     key = jax.random.PRNGKey(seed)
     drawn = sampler.generate(subject.params, ids, sampling, key, stop_ids=encoder.stop_ids(subject.end_ids))
     text = text_of(subject.tokenizer)
@@ -73,17 +80,19 @@ def logprobs(subject: Subject, answers: Answers, temperature: float) -> list[lis
     assert mesh is not None
     flat = [(answers.prompts[c.row], c.tokens) for row in answers.completions for c in row]
     length = bucket(max(len(prompt) + len(tokens) for prompt, tokens in flat), model.shape.length)
-    measure = jax.jit(
-        lambda params, rows: model.token_stats(params, rows, temperature=temperature).logprobs.sum(axis=1)
-    )
     size = -(-ROWS // model.layout.shards) * model.layout.shards
     out: list[float] = []
     for start in range(0, len(flat), size):
         rows = _rows(flat[start : start + size], size, length)
         mine = {name: column[sharding.local_rows(mesh, size)] for name, column in rows.items()}
-        out += sharding.fetch(measure(subject.params, sharding.place_rows(mine, mesh))).tolist()
+        out += sharding.fetch(_logprob(model, subject.params, sharding.place_rows(mine, mesh), temperature)).tolist()
     values = iter(out)
     return [[next(values) for _ in row] for row in answers.completions]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprob(model: Model, params: Any, rows: dict[str, jax.Array], temperature: float) -> jax.Array:
+    return model.token_stats(params, rows, temperature=temperature).logprobs.sum(axis=1)
 
 
 def _rows(flat: Sequence[tuple[np.ndarray, np.ndarray]], size: int, length: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from rlhf_jax.evaluate.answers import Answers, Subject, answer, logprobs
 from rlhf_jax.evaluate.intervals import Estimate, paired
 from rlhf_jax.evaluate.scorers import Scorer, score
 from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.sampler import Sampler
 
 
 class Result(NamedTuple):
@@ -61,14 +62,16 @@ def compare(
         raise UserError(f"the baseline {baseline!r} must be one of the models, whose names must differ: {names}.")
     encoders = [Encoder(subject.tokenizer, chat_template) for subject in subjects]
     base = names.index(baseline)
-    drawn = [answer(s, e, prompts, sampling, samples, seed) for s, e in zip(subjects, encoders, strict=True)]
+    samplers = {model: Sampler(model, samples=samples) for model in {subject.model for subject in subjects}}
+    drawn = [
+        answer(subject, encoder, samplers[subject.model], prompts, sampling, seed)
+        for subject, encoder in zip(subjects, encoders, strict=True)
+    ]
     scores = [np.asarray(score(scorer, prompts, answers.texts, columns)) for answers in drawn]
     kls: list[np.ndarray | None] = []
     for subject, encoder, answers in zip(subjects, encoders, drawn, strict=True):
         same = encoder.fingerprint == encoders[base].fingerprint and has_kl(sampling)
-        # Both from the same pass, so that a model's KL to itself is 0 to the last bit.
-        own, other = (logprobs(s, answers, sampling.temperature) for s in (subject, subjects[base])) if same else (0, 0)
-        kls.append(np.mean(np.subtract(own, other), axis=1) if same else None)
+        kls.append(_kl(subject, subjects[base], answers, sampling.temperature) if same else None)
     estimates = paired(_columns(names, drawn, scores, kls, base), seed=seed)
     results = []
     for name, answers, values in zip(names, drawn, scores, strict=True):
@@ -76,6 +79,13 @@ def compare(
         ended = float(np.mean([c.stop == "end" for row in answers.completions for c in row]))
         results.append(Result(name, answers.texts, values, **said, ended=ended))  # pyright: ignore[reportArgumentType]
     return results
+
+
+def _kl(subject: Subject, baseline: Subject, answers: Answers, temperature: float) -> np.ndarray:
+    """For each prompt, the mean over its answers of log policy - log baseline."""
+    # Both are measured alike, so that a model's KL to itself is 0 to the last bit.
+    own, other = (np.asarray(logprobs(by, answers, temperature)) for by in (subject, baseline))
+    return np.mean(own - other, axis=1)
 
 
 def _columns(

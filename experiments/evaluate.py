@@ -143,6 +143,8 @@ def main(program: Compare) -> None:
     for name in ("samples", "rows"):
         if (value := getattr(program, name)) is not None and value < 1:
             raise UserError(f"--{name}={value} is not allowed; it must be at least 1.")
+    if not 0 <= program.seed < 2**32:
+        raise UserError(f"--seed={program.seed} is not allowed; it must be from 0 to {2**32 - 1}.")
     scorer = registry.resolve(SCORERS, program.scorer, "scorer")
     rows = asked.read(program.prompts)[: program.rows]
     prompts, columns = [row.text for row in rows], asked.columns(rows)

@@ -87,7 +87,7 @@ class Speaker:
             self.policy.params, ids, self.program, self._key, stop_ids=stop_ids, rows=rows, steps=steps
         )
         for part in parts:
-            yield part, self._text(ids[part.row], part.tokens[: len(part.tokens) - (part.stop == "end")])
+            yield part, self._text(ids[part.row], part)
 
     def say(self, ids: np.ndarray, row: int = 0) -> tuple[Completion, str]:
         """Prints one completion while it is drawn."""

@@ -14,12 +14,13 @@ from experiments import evaluate as program
 from rlhf_jax.data import prompts
 from rlhf_jax.data.rows import Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate.answers import Subject
+from rlhf_jax.evaluate.answers import Subject, text_of
 from rlhf_jax.evaluate.compare import Result, compare, has_kl, win_shares
 from rlhf_jax.evaluate.intervals import paired
 from rlhf_jax.evaluate.scorers import score
 from rlhf_jax.models.decoder import Params
 from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.sampler import Completion
 from rlhf_jax.workdir import Policy, open_policy
 
 ASKED = ["Once upon a time", "The dog", "A girl named Lily went", "It was"]
@@ -131,6 +132,12 @@ def test_a_scorer_that_is_wrong_is_one_sentence(scorer, says):
         score(scorer, ["a"], [["b", "c"]], {})
 
 
+def test_the_token_that_ends_an_answer_is_no_text(policy):
+    prompt, tokens = np.asarray([1], np.int32), np.asarray([403, 407, 261], np.int32)
+    read = lambda tokens, stop: text_of(policy.tokenizer)(prompt, Completion(0, 0, tokens, tokens, tokens, stop))
+    assert read(tokens, "end") == read(tokens[:-1], "length") != read(tokens, "length")
+
+
 def test_a_scorer_gets_conversations_and_the_columns_of_the_row():
     seen = []
     asked = [(Message("user", "2 + 2"),), (Message("user", "3 + 3"),)]
@@ -201,6 +208,7 @@ def test_the_program_writes_its_figures_answers_and_report(tmp_path, stories, ca
         ({"models": ("x", "y"), "names": ("a", "a")}, "must be 2 different names"),
         ({"models": ("x",), "baseline": "z"}, "--baseline=z is none of the models; choose one of x"),
         ({"models": ("x",), "temperature": -1.0}, "--temperature=-1.0 is not allowed"),
+        ({"models": ("x",), "seed": -1}, "--seed=-1 is not allowed; it must be from 0 to 4294967295"),
         ({"models": ("x",), "samples": 0}, "--samples=0 is not allowed"),
         ({"models": ("x",), "prompts": ""}, "there are no prompts; give --prompts=FILE"),
         ({"models": ("x",), "prompts": "nowhere.txt"}, "there is no file nowhere.txt; check --prompts"),

@@ -58,14 +58,18 @@ def answer(
     key = jax.random.PRNGKey(seed)
     drawn = sampler.generate(subject.params, ids, sampling, key, stop_ids=encoder.stop_ids(subject.end_ids))
     text = text_of(subject.tokenizer)
-    texts = [[text(ids[c.row], c.tokens) for c in row] for row in drawn]
+    texts = [[text(ids[c.row], c) for c in row] for row in drawn]
     return Answers(ids, drawn, texts)
 
 
-def text_of(tokenizer: Any) -> Callable[[np.ndarray, np.ndarray], str]:
-    """How a completion reads behind its prompt: some tokenizers drop the space before a first word."""
+def text_of(tokenizer: Any) -> Callable[[np.ndarray, Completion], str]:
+    """How a completion reads behind its prompt: some tokenizers drop the space before a first word.
 
-    def read(prompt: np.ndarray, tokens: np.ndarray) -> str:
+    The token that ended it is no text, also where the tokenizer doesn't hold it for a special one.
+    """
+
+    def read(prompt: np.ndarray, completion: Completion) -> str:
+        tokens = completion.tokens[: len(completion.tokens) - (completion.stop == "end")]
         # Cleaned up, " ." would become "." and the cut would be elsewhere.
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         before = tokenizer.decode(prompt.tolist(), **options)

@@ -39,6 +39,7 @@ setup(
         "numpy>=2.4,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
+        "qwix>=0.1.8,<0.2",
         "rich>=15,<16",
         "safetensors>=0.8,<1",
         "tensorboard>=2.21,<3",
@@ -57,7 +58,7 @@ setup(
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         # The two sides of tests/parity, and nothing that the package itself imports.
-        "parity": ["pytest>=9.2,<10", "torch==2.13.0", "trl==1.16.0"],
+        "parity": ["pytest>=9.2,<10", "torch==2.13.0", "trl==1.16.0", "peft==0.21.2"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -283,6 +283,8 @@ def _prompt_text(item: _Item) -> bytes:
     text = item.prompt or item.completions[0]
     if not item.prompt and not isinstance(text, str):
         text = tuple(itertools.takewhile(lambda m: m.role != "assistant", text))
+    if not isinstance(text, str):  # a plain message has two entries, whatever a message may hold besides
+        text = tuple(message if message.more else message[:2] for message in text)
     return json.dumps(text).encode()
 
 

@@ -1,6 +1,7 @@
 """The kinds of rows that every data format is brought to.
 
-Text is opaque: nothing in this project acts on what a row says.
+Text is opaque: nothing in this project acts on what a row says. `tools` of a row is the JSON text of the list of
+functions that its prompt offers, as a chat template takes them, or empty.
 """
 
 import dataclasses
@@ -8,10 +9,15 @@ from typing import NamedTuple
 
 
 class Message(NamedTuple):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    `more` is the JSON text of an object with the other fields that a chat template reads (tool_calls, name,
+    tool_call_id, reasoning_content), or empty: text, so that a message can be hashed.
+    """
 
     role: str
     content: str
+    more: str = ""
 
 
 Conversation = tuple[Message, ...]
@@ -28,6 +34,7 @@ class Demonstration:
 
     prompt: Text
     completion: Text
+    tools: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Preference:
     prompt: Text
     chosen: Text
     rejected: Text
+    tools: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Labelled:
     prompt: Text
     completion: Text
     label: bool
+    tools: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Ranking:
     prompt: Text
     completions: tuple[Text, ...]
     ranks: tuple[float, ...]
+    tools: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Stepwise:
     prompt: Text
     completions: tuple[Text, ...]
     labels: tuple[bool, ...]
+    tools: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Prompt:
     """A prompt without an answer, for rollouts."""
 
     prompt: Text
+    tools: str = ""
 
 
 Row = Demonstration | Preference | Labelled | Ranking | Stepwise | Prompt

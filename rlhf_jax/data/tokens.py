@@ -273,7 +273,7 @@ class Encoder:
     def _render(self, messages: Conversation, generation: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+                [{"role": m.role, "content": m.content, **json.loads(m.more or "{}")} for m in messages],
                 chat_template=self._template,
                 add_generation_prompt=generation,
                 tokenize=False,

@@ -1,5 +1,6 @@
 """The data config and the table of formats agree."""
 
+import pathlib
 import typing
 
 from rlhf_jax.data import config, formats
@@ -7,6 +8,11 @@ from rlhf_jax.data import config, formats
 
 def test_the_config_allows_exactly_the_formats_there_are():
     assert set(typing.get_args(config.FormatName)) == {"auto", *formats.FORMATS}
+
+
+def test_the_guide_lists_every_format():
+    guide = (pathlib.Path(__file__).resolve().parents[1] / "docs/data.md").read_text()
+    assert not [name for name in formats.FORMATS if f"`{name}`" not in guide]
 
 
 def test_every_leaf_says_what_it_means():

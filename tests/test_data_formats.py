@@ -4,13 +4,15 @@ import collections
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.formats import ASSISTANT, FORMATS, HUMAN, adapt, check, detect
+from rlhf_jax.data.formats import FORMATS, adapt, check, detect
+from rlhf_jax.data.formats.columns import ASSISTANT, HUMAN
 from rlhf_jax.data.rows import (
     Demonstration,
     Labelled,
+    Left,
     Message,
     Preference,
     Prompt,
@@ -64,19 +66,173 @@ EXAMPLES = [
         Preference((Q,), (A,), (B,)),
     ),
     ("hh", {"chosen": f"{HUMAN} q{ASSISTANT} a", "rejected": f"{HUMAN} q{ASSISTANT} b"}, None),
+    ("question_answer", {"question": "q", "answer": "a"}, Demonstration((Q,), (A,))),
     ("prompt", {"prompt": "q"}, Prompt("q")),
+    ("text", {"text": "a"}, Demonstration("", "a")),
+]
+TREE = {
+    "role": "prompter",
+    "text": "q",
+    "replies": [
+        {"role": "assistant", "text": "b", "rank": 1, "replies": [{"role": "prompter", "text": "b, then?"}]},
+        {"role": "assistant", "text": "a", "rank": 0, "replies": [
+            {"role": "prompter", "text": "r", "replies": [{"role": "assistant", "text": "s", "rank": None}]},
+            {"role": "prompter", "text": "never answered", "replies": []},
+            {"role": "prompter", "text": "t", "replies": [
+                {"role": "assistant", "text": "u", "rank": None},
+                {"role": "assistant", "text": "v", "rank": 1},
+                {"role": "assistant", "text": "w", "rank": 0, "deleted": True},
+            ]},
+        ]},
+    ],
+}  # fmt: skip
+R, S, T, V = Message("user", "r"), Message("assistant", "s"), Message("user", "t"), Message("assistant", "v")
+DOMAINS = {"academy": "a", "business": "b", "entertainment": "c", "literature": " ", "normal": "d"}
+COMPARED = {"instruction": "q", "response1": "a", "response2": "b", "annotator1": 0, "annotator2": 2, "annotator3": 2}
+GRADED = {"prompt": "q", "completion_a": "a", "completion_b": "b", "preference": "b-is-slightly-better"}
+JUDGED = {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.4}
+FEEDBACK = {"corrected-prediction": "a, mended", "errors": [{"start": 1, "end": 3}, {"start": 2, "end": 5}]}
+PREDICTIONS = {f"prediction {n}": text for n, text in enumerate(("abcdefg", "b", "c", "d"), start=1)}
+PASSAGES = {"question": "q", "passages": [["title", "One.", "Two."]], "gold": "a", "feedback": FEEDBACK}
+FINE = {**PASSAGES, **PREDICTIONS, "preference": [2, 0, 1, 0, 0, 0]}
+FINE_PROMPT = (Message("user", "title\nOne. Two.\n\nq"),)
+RATED = [
+    {"completions": [{"text": "a", "rating": 0}, {"text": "b", "rating": -1}], "chosen_completion": 0},
+    {"completions": [{"text": "c", "rating": None}], "human_completion": {"text": "d"}},
+]
+
+
+def replies(*texts):
+    return tuple((Message("assistant", text),) for text in texts)
+
+
+PUBLISHED = [
+    (
+        "self_instruct",
+        {"instruction": "q", "instances": [{"input": "", "output": "a"}, {"input": "i", "output": "b"}]},
+        (Demonstration((Q,), (A,)), Demonstration((Message("user", "q\ni"),), (B,))),
+    ),
+    (
+        "oasst",
+        {"message_tree_id": "x", "prompt": TREE},
+        (Demonstration((), (Q, A, R, S)), Demonstration((), (Q, A, T, V))),
+    ),
+    ("oasst_ranking", {"message_tree_id": "x", "prompt": TREE}, (Ranking((Q,), replies("b", "a"), (1, 0)),)),
+    (
+        "scored_transcripts",
+        {"text": [f"{HUMAN} q{ASSISTANT} b", f"{HUMAN} q{ASSISTANT} a"], "score": [0.5, 1]},
+        (Preference((Q,), (A,), (B,)),),
+    ),
+    *(
+        (
+            f"domain_{name}",
+            {"query": "q", "responses": DOMAINS | {"literature": "e"}},
+            (Ranking((Q,), replies("a", "b", "c", "e", "d"), tuple(float(name != other) for other in DOMAINS)),),
+        )
+        for name in DOMAINS
+    ),
+    ("pandalm", COMPARED, (Preference((Q,), (B,), (A,)),)),
+    ("graded_pair", GRADED, (Preference((Q,), (B,), (A,)),)),
+    ("judged_pair", JUDGED, (Preference((Q,), (A,), (B,)),)),
+    (
+        "finegrained",
+        FINE,
+        (Demonstration(FINE_PROMPT, (A,)), Demonstration(FINE_PROMPT, (Message("assistant", "a, mended"),))),
+    ),
+    (
+        "finegrained_pairs",
+        FINE,
+        (
+            Preference(FINE_PROMPT, (B,), (Message("assistant", "abcdefg"),)),
+            Preference(FINE_PROMPT, (Message("assistant", "abcdefg"),), (Message("assistant", "d"),)),
+        ),
+    ),
+    (
+        "finegrained_spans",
+        FINE,
+        (Stepwise(FINE_PROMPT, replies("a", "b", "c", "de", "fg"), (True, False, False, False, True)),),
+    ),
+    (
+        "first_error",
+        {"question": "q", "model_output_steps": ["a", "b", "c"], "model_output_solution_first_error_step": 2},
+        (Stepwise((Q,), replies("a\n", "b\n", "c"), (True, False, False)),),
+    ),
+    (
+        "mistake_index",
+        {"input": "q", "steps": ["a", "b"], "target": "1", "answer": "1"},
+        (Stepwise((Q,), replies("a\n", "b"), (True, True)),),
+    ),
+    (
+        "prm800k",
+        {"question": {"problem": "q"}, "label": {"steps": RATED}},
+        (Stepwise((Q,), replies("b"), (False,)), Stepwise((Q,), replies("a\n", "d"), (True, True))),
+    ),
+    (
+        "solutions",
+        {
+            "question": "q",
+            "ground_truth": "a",
+            "small": {"is_correct": False, "solution": "b"},
+            "big": {"is_correct": True, "solution": "a"},
+        },
+        (Labelled((Q,), (B,), False), Labelled((Q,), (A,), True)),
+    ),
+    ("problem", {"problem": "q", "solution": "a", "answer": "1"}, (Prompt((Q,)),)),
+    ("first_turn", {"question_id": 1, "turns": ["q", "r"]}, (Prompt((Q,)),)),
 ]
 
 
 @pytest.mark.parametrize(("name", "columns", "row"), EXAMPLES)
 def test_columns_are_recognised_and_read(name, columns, row):
     assert detect([columns], "f") == name
-    assert row is None or adapt(name, columns, chat=True) == row
-    assert isinstance(adapt(name, columns, chat=False), FORMATS[name].row)
+    assert row is None or adapt(name, columns, chat=True) == (row,)
+    (made,) = adapt(name, columns, chat=False)
+    assert isinstance(made, FORMATS[name].row)
+
+
+@pytest.mark.parametrize(("name", "columns", "rows"), PUBLISHED)
+def test_published_shapes_are_recognised_and_read(name, columns, rows):
+    form = FORMATS[name]
+    readings = [other for other in FORMATS if FORMATS[other].columns == form.columns]
+    assert detect([columns], "f") == readings[0]
+    assert detect([columns], "f", [form.row]) == next(r for r in readings if FORMATS[r].row is form.row)
+    assert adapt(name, columns, chat=True) == rows
+    plain = adapt(name, columns, chat=False)
+    assert [type(row) for row in plain] == [form.row] * len(rows)
+    assert name.startswith("oasst") or all(isinstance(row.prompt, str) and row.prompt[-1] in "\n:" for row in plain)
 
 
 def test_every_format_has_an_example():
-    assert {name for name, _, _ in EXAMPLES} == set(FORMATS)
+    assert {name for name, _, _ in EXAMPLES + PUBLISHED} == set(FORMATS)
+
+
+TIES = [
+    ("ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 1]}, "all 'ranks' are the same"),
+    ("pandalm", COMPARED | {"annotator2": 0}, "a tie"),
+    ("pandalm", COMPARED | {"annotator2": 1}, "no choice of most annotators"),
+    ("pandalm", COMPARED | {"response1": " "}, "one of the two answers is empty"),
+    ("graded_pair", GRADED | {"preference": "tie"}, "a tie"),
+    ("graded_pair", GRADED | {"completion_a": "b"}, "are the same"),
+    ("judged_pair", JUDGED | {"preference": 1.5}, "a tie"),
+    ("scored_transcripts", {"text": ["a", "b"], "score": [1, 1.0]}, "a tie"),
+    ("finegrained_pairs", FINE | {"preference": [0] * 6}, "a tie"),
+    ("domain_literature", {"query": "q", "responses": DOMAINS}, "empty"),
+    ("oasst", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "q"}}, "no reply"),
+    ("oasst_ranking", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "q"}}, "two ranked replies"),
+    ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [RATED[1] | {"human_completion": None}]}}, "rated"),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "reason"), TIES)
+def test_a_good_row_with_nothing_to_learn_from_is_left(name, columns, reason):
+    with pytest.raises(Left, match=reason):
+        adapt(name, columns, chat=True)
+
+
+def test_a_question_with_choices_or_a_score_beside_a_document_is_no_pair():
+    with pytest.raises(UserError, match="which no format reads"):
+        detect([{"question": "q", "choices": ["x", "y"], "answer": "x"}], "f")
+    assert detect([{"text": "a", "score": 0.7}], "f") == "text"
 
 
 REFUSALS = [
@@ -100,7 +256,6 @@ REFUSALS = [
     ("labelled", {"prompt": "q", "completion": "a", "label": "up"}, "not true or false"),
     ("labelled_messages", {"messages": [a], "label": True}, "no message stands before"),
     ("stepwise", {"prompt": "q", "completions": ["a"], "labels": [True, True]}, "1 'completions' but 2"),
-    ("ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 1]}, "all 'ranks' are the same"),
     ("ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, "x"]}, "not a number"),
     ("hh", {"chosen": "x", "rejected": "y"}, "no answer of the assistant"),
     ("sharegpt", {"conversations": [said("cat", "q")]}, "from 'cat'"),
@@ -117,8 +272,8 @@ def test_a_row_that_cannot_be_used_is_refused_with_the_reason(name, columns, rea
 def test_a_column_missing_from_the_file_is_named_with_what_is_there_and_what_is_allowed():
     with pytest.raises(UserError, match=r"f has no column 'rejected'.*has 'chosen', 'prompt'; .* from auto, prompt$"):
         check("preference", [{"prompt": "q", "chosen": "a"}], "f")
-    with pytest.raises(UserError, match=r"f has the columns 'score', 'text'.*allowed are .*hh \(chosen, rejected"):
-        detect([{"text": "x", "score": 1}], "f")
+    with pytest.raises(UserError, match=r"f has the columns 'score', 'title'.*allowed are .*hh \(chosen, rejected"):
+        detect([{"title": "x", "score": 1}], "f")
 
 
 def test_a_column_missing_from_one_row_refuses_that_row_alone():
@@ -135,10 +290,10 @@ def test_a_transcript_without_template_is_kept_to_the_last_character(before, que
     columns = {"chosen": start + chosen, "rejected": start + rejected}
     if chosen == rejected:
         return
-    row = adapt("hh", columns, chat=False)
+    (row,) = adapt("hh", columns, chat=False)
     assert row == Preference(start, chosen, rejected)
     if chosen.strip() != rejected.strip():
-        row = adapt("hh", columns, chat=True)
+        (row,) = adapt("hh", columns, chat=True)
         assert isinstance(row, Preference)
         roles = [m.role for m in row.prompt if isinstance(m, Message)]
         assert roles == ["user", "assistant"] * len(before) + ["user"]
@@ -150,7 +305,7 @@ def test_text_is_opaque_also_where_it_looks_like_a_template(instruction, given_i
     if not output.strip():
         return
     columns = {"instruction": instruction + "{input}{x}", "input": given_input, "output": output}
-    row = adapt("alpaca", columns, chat=False)
+    (row,) = adapt("alpaca", columns, chat=False)
     assert isinstance(row, Demonstration) and isinstance(row.prompt, str)
     assert instruction + "{input}{x}" in row.prompt and row.completion == output
 
@@ -182,5 +337,27 @@ def test_real_files_are_recognised_and_used(shared, file, name, unusable):
     used = 0
     for columns in records:
         with contextlib.suppress(Refusal):
-            used += isinstance(adapt(name, columns, chat=True), FORMATS[name].row)
+            (row,) = adapt(name, columns, chat=True)
+            used += isinstance(row, FORMATS[name].row)
     assert len(records) - used == unusable
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 9) | st.floats() | st.text(max_size=3) | st.sampled_from([q, a, TREE]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text", "steps", "from", "value", "start", "end"]), inner)
+    ),
+    max_leaves=6,
+)
+SOUND = {name: columns for name, columns, _ in EXAMPLES + PUBLISHED}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(list(FORMATS)), st.data(), st.booleans())
+def test_whatever_stands_in_a_column_gives_rows_or_a_reason(name, data, chat):
+    spoilt = data.draw(st.sampled_from([*SOUND[name], "tools", "input", "system", "history"]))
+    with contextlib.suppress(Refusal, Left):
+        rows = adapt(name, SOUND[name] | {spoilt: data.draw(junk)}, chat)
+        assert rows and all(isinstance(row, FORMATS[name].row) for row in rows)
+        hash(rows)

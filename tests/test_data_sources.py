@@ -47,7 +47,8 @@ def test_parquet(tmp_path, monkeypatch):
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     path = tmp_path / "rows.parquet"
-    nested = [{**row, "chosen": [{"role": "user", "content": "x"}], "gone": None} for row in ROWS]
+    turns = [{"role": "user", "content": "x"}, {"role": "tool", "content": "x", "name": "y"}]
+    nested = [{**row, "chosen": turns, "gone": None} for row in ROWS]  # the table gives the first turn a null name
     parquet.write_table(pa.Table.from_pylist(nested), path)
     records = list(read(str(path)))
     wanted = [{name: value for name, value in row.items() if value is not None} for row in nested]
@@ -128,3 +129,39 @@ def test_a_cut_off_gzip_file_is_named(tmp_path):
     path.write_bytes(gzip.compress(lines().encode())[:-20])
     with pytest.raises(UserError, match="broken gzip file"):
         list(read(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"\n\na\nb\n\n\nc\n", {3: "a\nb", 7: "c"}),  # blank lines stand between documents
+        (b"a\n b\nc", {1: "a", 2: " b", 3: "c"}),  # no blank line: each line is one
+        (b"a\n\nb\n<|endoftext|>\n\n<|endoftext|>\nc <|endoftext|>\n\nd\n\n", {1: "a\n\nb", 7: "c <|endoftext|>\n\nd"}),
+        (b"\xef\xbb\xbfa\r\n\r\nb\xe2\x80\xa8b\r\n", {1: "a", 3: "b\u2028b"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz"])
+def test_a_text_file_is_its_documents(tmp_path, name, content, wanted):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(read(str(path))) == [Record(f"{path}:{line}", {"text": text}) for line, text in wanted.items()]
+
+
+def test_a_text_that_is_not_utf_8_is_refused_alone(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"a\n\nb\xff\n")
+    assert list(read(str(path)))[1:] == [Refused(f"{path}:3", "not UTF-8 text at byte 1")]
+    path.write_bytes(b"\n\n")
+    with pytest.raises(UserError, match="is empty"):
+        list(read(str(path)))
+    cut = tmp_path / "rows.txt.gz"
+    cut.write_bytes(gzip.compress(b"some text " * 99)[:-9])
+    with pytest.raises(UserError, match="broken gzip file"):
+        list(read(str(cut)))
+
+
+def test_a_text_beside_tables_is_not_data(tmp_path):
+    (tmp_path / "LICENSE.txt").write_text("free")
+    assert [r.where for r in read(str(tmp_path))] == [f"{tmp_path}/LICENSE.txt:1"]
+    (tmp_path / "rows.jsonl").write_text(lines(ROWS[:1]))
+    assert [r.where for r in read(str(tmp_path))] == [f"{tmp_path}/rows.jsonl:1"]

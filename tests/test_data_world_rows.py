@@ -180,7 +180,7 @@ def test_the_loader_of_the_project_reads_the_files(folder):
     for name, kind in (("stepwise", Stepwise), ("prompts", Prompt), ("prompts_shifted", Prompt)):
         rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         assert len(rows) == 30
-        assert all(isinstance(formats.adapt(formats.detect(rows, name), row, False), kind) for row in rows)
+        assert all(isinstance(formats.adapt(formats.detect(rows, name), row, False)[0], kind) for row in rows)
 
 
 def test_another_process_writes_the_same_bytes(folder, tmp_path):
@@ -197,7 +197,7 @@ def test_another_process_writes_the_same_bytes(folder, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "pass --out="),
+        ([], "give either --path=FILE"),
         (["--documents=-1"], "--documents=-1 must be at least 0"),
         (["--labels=0"], "--labels=0 must be at least 1"),
         (["--manner.right=2"], "right=2.0"),

@@ -37,7 +37,7 @@ def read(path: str, flag: str = "--prompts") -> list[Asked]:
             raise UserError(f"there is no file {path}; check {flag}.")
     except ImportError as error:  # gs:// needs a package of its own
         raise UserError(f"{path} can't be read here ({error}); install it or change {flag}.") from error
-    if file.name.lower().endswith(tuple(sources.READERS)):
+    if file.name.lower().endswith(tuple(sources.TABLES)):
         asked = [_row(record) for record in sources.read(path, flag=flag)]
     else:
         asked = list(_lines(file, flag))
@@ -59,7 +59,7 @@ def _row(record: sources.Record | sources.Refused) -> Asked:
     if name is None:
         raise UserError(f"{record.where} has neither a column prompt nor messages; give it one of them.")
     try:
-        row = formats.adapt("prompt", {"prompt": record.columns[name]}, True)
+        (row,) = formats.adapt("prompt", {"prompt": record.columns[name]}, True)
     except Refusal as refusal:
         raise UserError(f"{record.where} can't be used ({refusal}); mend its {name}.") from None
     assert isinstance(row, Prompt)

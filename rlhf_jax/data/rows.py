@@ -28,6 +28,10 @@ class Refusal(Exception):
     """A row that can't be used; the argument is the reason, a clause without capital or full stop."""
 
 
+class Left(Exception):
+    """A good row with nothing to learn from, such as a tie of two answers; the argument is the reason, a clause."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
     """An answer to imitate. A whole conversation has `prompt=()`: every assistant turn is trained."""

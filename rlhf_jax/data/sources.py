@@ -1,4 +1,4 @@
-"""Records from JSON Lines files, JSON lists, parquet files, folders of them and Hub data sets.
+"""Records from JSON Lines files, JSON lists, parquet and text files, folders of them and Hub data sets.
 
 Every record knows where it comes from, so that a row that can't be used is named by file and line. Paths go
 through `etils.epath`: `gs://` works wherever a folder does.
@@ -22,6 +22,7 @@ from rlhf_jax.errors import UserError
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
+END_OF_TEXT = b"<|endoftext|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read(path: str, split: str = "train", flag: str = "--config.data.path") -> I
     except ImportError as error:  # gs:// needs a package of its own
         raise UserError(f"{path} can't be read here ({error}); run `pip install gcsfs` or change {flag}") from error
     if is_folder:
-        return _folder(place)
+        return itertools.chain.from_iterable(map(_file, files(place)))
     if is_there:
         return _file(place)
     if _looks_local(path):
@@ -77,11 +78,14 @@ def _suffix(name: str) -> str | None:
     return max((s for s in READERS if name.lower().endswith(s)), key=len, default=None)
 
 
-def _folder(folder: epath.Path) -> Iterator[Record | Refused]:
-    files = sorted(f for f in folder.iterdir() if _suffix(f.name) and f.is_file())
-    if not files:
+def files(folder: epath.Path) -> list[epath.Path]:
+    """The data files of a folder by name. Raises: UserError if it has none."""
+    found = sorted(f for f in folder.iterdir() if _suffix(f.name) and f.is_file())
+    # Beside tables a text is a licence or a note, not data.
+    chosen = [f for f in found if _suffix(f.name) in TABLES] or found
+    if not chosen:
         raise UserError(f"the folder {folder} holds no data file; it may hold {', '.join(READERS)}")
-    return itertools.chain.from_iterable(map(_file, files))
+    return chosen
 
 
 def _file(file: epath.Path) -> Iterator[Record | Refused]:
@@ -158,6 +162,39 @@ def _json(file: epath.Path) -> Iterator[Record | Refused]:
         yield _record(value, f"{file}[{number}]")
 
 
+def _text(file: epath.Path) -> Iterator[Record | Refused]:
+    """The documents of a text file: what stands between lines of END_OF_TEXT; without any, between blank lines;
+    without these too, each line.
+
+    A document is named by its first line. The newline at its end, and blank lines around it, are not a part of it.
+    """
+    with _open(file) as f:
+        try:
+            lines = f.read().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").split(b"\n")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{file} is a broken gzip file ({error}); get it again") from error
+    while lines and not lines[-1].strip():  # the newline that ends the last line, and blank lines behind it
+        lines.pop()
+    between = next((mark for mark in (END_OF_TEXT, b"") if any(line.strip() == mark for line in lines)), None)
+    # Lines that stand together: all between two marks, or each alone where there is no mark.
+    place = itertools.accumulate((between is None or line.strip() == between for line in lines), initial=0)
+    numbered = zip(place, enumerate(lines, start=1), strict=False)
+    for _, some in itertools.groupby(numbered, key=lambda pair: pair[0]):
+        block = _unpadded([line for _, line in some if line[1].strip() != between])
+        if block:
+            where = f"{file}:{block[0][0]}"
+            try:
+                yield Record(where, {"text": b"\n".join(line for _, line in block).decode()})
+            except UnicodeDecodeError as error:
+                yield Refused(where, f"not UTF-8 text at byte {error.start}")
+
+
+def _unpadded(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Without the blank lines before the first and after the last that is not blank."""
+    full = [place for place, (_, line) in enumerate(lines) if line.strip()]
+    return lines[full[0] : full[-1] + 1] if full else []
+
+
 def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
     with file.open("rb") as f:
         whole = f.read(4) == PARQUET_MAGIC
@@ -167,7 +204,7 @@ def _parquet(file: epath.Path) -> Iterator[Record | Refused]:
 
     try:
         # Streaming: no second copy of the file in the cache of `datasets`.
-        with _quiet():
+        with quiet():
             table = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _table(table, str(file))
     except UserError:
@@ -180,7 +217,7 @@ def _hub(name: str, split: str, flag: str) -> Iterator[Record | Refused]:
     import datasets
 
     try:
-        with _quiet():
+        with quiet():
             table = datasets.load_dataset(name, split=split)
     except Exception as error:  # no network, no such set, no such split: each its own class
         raise UserError(
@@ -191,7 +228,7 @@ def _hub(name: str, split: str, flag: str) -> Iterator[Record | Refused]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps what libraries log of a failure, retries too, from standing before our one sentence."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -206,17 +243,25 @@ def _quiet() -> Iterator[None]:
 
 def _table(table: Iterable[Any], name: str) -> Iterator[Record | Refused]:
     for number, value in enumerate(table):
-        yield _record(value, f"{name}[{number}]")
+        yield _record(_filled(value), f"{name}[{number}]")
+
+
+def _filled(value: Any) -> Any:
+    """Without the nulls that a table writes into an object for the keys that only others of its column have."""
+    if isinstance(value, dict):
+        return {name: _filled(item) for name, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-READERS: dict[str, Callable[[epath.Path], Iterator[Record | Refused]]] = {
+TABLES: dict[str, Callable[[epath.Path], Iterator[Record | Refused]]] = {
     ".jsonl": _lines,
     ".jsonl.gz": _lines,
     ".json": _json,
     ".json.gz": _json,
     ".parquet": _parquet,
 }
+READERS = TABLES | {".txt": _text, ".txt.gz": _text}

@@ -148,12 +148,12 @@ def test_metaspace_tokenizers_are_continued_too():
 def test_the_masked_tokens_are_the_answers_with_their_end(tokenizers, encoders):
     tokenizer, encoder = tokenizers["minimind"], encoders["minimind"]
     tokens = encoder.encode(TALK[:3], TALK[3:])
-    assert tokenizer.decode(tokens.ids[tokens.mask]) == "Fine, thanks.<|im_end|>\n"
+    assert tokenizer.decode(tokens.ids[tokens.mask]) == "Fine, thanks.<|im_end|>"
     whole = tokenizer.apply_chat_template([m._asdict() for m in TALK], tokenize=True, return_dict=False)
     assert tokens.ids.tolist() == whole
     every = encoder.encode((), TALK)
     assert every.ids.tolist() == whole
-    assert tokenizer.decode(every.ids[every.mask]) == "Good day.<|im_end|>\nFine, thanks.<|im_end|>\n"
+    assert tokenizer.decode(every.ids[every.mask]) == "Good day.<|im_end|>Fine, thanks.<|im_end|>"
     assert tokenizer.decode(every.ids[~every.mask]).count("<|im_end|>") == 2
 
 
@@ -197,7 +197,7 @@ def test_a_template_file_serves_a_tokenizer_that_has_none(tokenizers, encoders, 
     encoder = Encoder(tokenizers["smollm2"], str(file))
     tokens = encoder.encode(TALK[:1], TALK[1:2])
     assert encoder.chat and tokenizers["smollm2"].chat_template is None
-    assert tokenizers["smollm2"].decode(tokens.ids[tokens.mask]) == "Good day.<|im_end|>\n"
+    assert tokenizers["smollm2"].decode(tokens.ids[tokens.mask]) == "Good day.<|im_end|>"
     assert encoder.fingerprint != encoders["smollm2"].fingerprint
     with pytest.raises(UserError, match="no chat template"):
         Encoder(tokenizers["smollm2"], str(tmp_path / "none.jinja"))
@@ -249,7 +249,7 @@ def test_every_real_pair_is_encoded_and_its_sides_share_the_prompt(shared, encod
     for record in read(str(shared / "data/hh-harmless-base/valid.jsonl")):
         assert isinstance(record, Record)
         try:
-            row = adapt("hh", record.columns, encoders[name].chat)
+            (row,) = adapt("hh", record.columns, encoders[name].chat)
         except Refusal:
             continue
         assert isinstance(row, Preference)
@@ -284,3 +284,15 @@ def test_cutting_takes_the_oldest_prompt_tokens_and_nothing_else(head, prompt, f
         kept = after.prompt[head:]
         np.testing.assert_array_equal(kept, before.prompt[before.start - len(kept) :])
         assert after.start >= 1 and (not head or after.ids[0] == 0)
+
+
+def test_rows_rendered_ahead_can_have_their_special_tokens_read(tokenizers):
+    """Text is the default; `special="tokens"` reads what is written out."""
+    tokenizer = tokenizers["minimind"]
+    end = tokenizer.eos_token
+    text, tokens = Encoder(tokenizer), Encoder(tokenizer, special="tokens")
+    row = f"one{end}two", "three"
+    assert text.keeps_as_text(row[0]) and not text.keeps_as_text(f"two{end}") and not tokens.keeps_as_text(row[0])
+    kept, read = text.encode(*row), tokens.encode(*row)
+    assert (kept.ids == text.eos_id).sum() == 1 and (read.ids == text.eos_id).sum() == 2
+    assert tokenizer.decode(kept.ids) == tokenizer.decode(read.ids)

@@ -1,33 +1,38 @@
 """Text to token ids, with the tokens that are trained.
 
 Strings are taken as they are: prompt and completion are tokenised apart, so that the boundary is exact and no
-token straddles it, and the end token follows the completion. Conversations go through the chat template, and
-every boundary is found on token ids and verified: a row whose template renders the prompt differently once an
-answer follows is refused, because the model would be asked with another context than it was trained on.
+token straddles it, and the end token follows the completion. Conversations go through the chat template
+(`templates` says where an answer begins and ends there), and every boundary is verified on token ids: what a
+completion is drawn behind is what its row is trained behind, token for token, or the row is refused.
 
-Conventions shared with TRL 1.16: everything after the prompt is trained, so also what a template writes after
-the end-of-turn token of an answer (the newline of ChatML); an end token that the completion already ends with
-is not written twice; a template's rendering is final, no special token is added to it. Not shared: TRL
-tokenises prompt + completion strings together and lets the completion begin at the first token that differs.
+Trained is what the model has to write: the answer as the template renders it (text, thinking, calls of tools), with
+its end token. What a template writes behind that token (the newline of ChatML) is not trained, because sampling
+ends at the token. Special tokens in the text of a row stay text (`special`).
+
+Conventions shared with TRL 1.16: an end token that the completion already ends with is not written twice; a
+template's rendering is final, no special token is added to it. Not shared: TRL trains everything after the prompt,
+so also the newline of ChatML; it tokenises prompt + completion strings together and lets the completion begin at
+the first token that differs; it takes special tokens in a row's text for tokens.
 """
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from etils import epath
-from tokenizers import Tokenizer
 
-from rlhf_jax.data.rows import Conversation, Message, Refusal, Text
+from rlhf_jax.data.rows import Refusal, Text
+from rlhf_jax.data.special import NONCHARACTERS, Guarded, Ids, Specials, Vocabulary, wrapped
+from rlhf_jax.data.templates import Plan, Render, Template, TrainOn
 from rlhf_jax.errors import UserError
 
-Ids = list[int]
+Special = Literal["text", "tokens"]
+Item = tuple[Text, Text] | tuple[Text, Text, str]  # prompt, completion, tools on offer
+Tokenised = Mapping[str | Guarded, Ids]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,12 +81,7 @@ def _without(row: Tokens, gone: slice) -> Tokens:
     return Tokens(np.delete(row.ids, gone), np.delete(row.mask, gone), row.head)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What must be tokenised for one row: texts, and which slices of the result are trained."""
-
-    full: str
-    spans: tuple[tuple[str, str], ...]  # (text before an answer, text up to its end), both rendered
+_NO_TEXT = "the tokenizer makes a special token of plain text"
 
 
 class Encoder:
@@ -92,10 +92,19 @@ class Encoder:
       fingerprint: hexadecimal; changes with vocabulary, merges, special tokens and template.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        chat_template: str | None = None,
+        *,
+        train_on: TrainOn = "all",
+        special: Special = "text",
+    ):
         """Args:
           tokenizer: of transformers, with a tokenizer.json behind it. It is not changed.
           chat_template: path of a Jinja file used in the place of the tokenizer's own template.
+          train_on: every assistant turn of a row's messages, or the last.
+          special: what special tokens written out in strings are; in messages they always stay text.
         Raises: UserError for a tokenizer without a `tokenizer.json`, or a template file that isn't there.
         """
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -103,75 +112,100 @@ class Encoder:
                 f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json; save it as a fast one "
                 "with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
             )
-        self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template if chat_template is None else _file(chat_template)
-        self._named = "of the tokenizer" if chat_template is None else chat_template
-        self.chat: bool = self._template is not None
+        source = tokenizer.chat_template if chat_template is None else _file(chat_template)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["truncation"] = state["padding"] = None  # some tokenizer.json files come with a truncation
-        self._start = Tokenizer.from_str(json.dumps(state))
-        self._middle = Tokenizer.from_str(json.dumps(_continuing(state)))
+        named = "of the tokenizer" if chat_template is None else chat_template
+        written = source if isinstance(source, str) else "".join((source or {}).values())
+        self._specials = Specials(state["added_tokens"], tokenizer.all_special_tokens, written)
+        self._template = Template(tokenizer, source, named, self._specials, train_on) if source else None
+        self.chat: bool = self._template is not None
+        self._start = Vocabulary(state, self._specials, tokenizer.unk_token)
+        later = _continuing(state)
+        self._middle = self._start if later == state else Vocabulary(later, self._specials, tokenizer.unk_token)
         # Ask instead of reading `add_bos_token`: it is False for tokenizers whose post-processor adds one.
         self._adds_bos = self.bos_id is not None and list(tokenizer("")["input_ids"])[:1] == [self.bos_id]
-        parts = [state, self._template, self.bos_id, self.eos_id, self._adds_bos]
+        self._bos = tokenizer.bos_token if self._adds_bos else ""
+        self._eos = tokenizer.eos_token or ""
+        self._special: Special = special
+        self._added = {token["content"]: token["id"] for token in state["added_tokens"]}
+        parts = [state, source, self.bos_id, self.eos_id, self._adds_bos]
         self.fingerprint: str = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def encode(self, prompt: Text, completion: Text) -> Tokens:
+    def encode(self, prompt: Text, completion: Text, tools: str = "") -> Tokens:
         """One row as tokens.
 
-        Raises: Refusal if the template fails on the row or renders its prompt differently; UserError if
-          nothing of the kind can be encoded with this tokenizer.
+        Args:
+          tools: JSON text of the functions on offer, "" for none.
+        Raises: Refusal if the template fails on the row or doesn't give its boundaries; UserError if nothing of
+          the kind can be encoded with this tokenizer.
         """
-        (tokens,) = self.encode_many([(prompt, completion)])
+        (tokens,) = self.encode_many([(prompt, completion, tools)])
         if isinstance(tokens, Refusal):
             raise tokens
         return tokens
 
-    def encode_many(self, pairs: Sequence[tuple[Text, Text]]) -> list[Tokens | Refusal]:
+    def encode_many(self, items: Sequence[Item]) -> list[Tokens | Refusal]:
         """`encode` for many rows at once, in parallel; a refusal stands in the place of its row."""
-        rows: list[Tokens | Refusal | None] = [None] * len(pairs)
-        strings = [i for i, pair in enumerate(pairs) if all(isinstance(text, str) for text in pair)]
-        for i, tokens in zip(strings, self._strings([pairs[i] for i in strings]), strict=True):
+        rows: list[Tokens | Refusal | None] = [None] * len(items)
+        strings = [
+            i
+            for i, (prompt, completion, *_) in enumerate(items)
+            if isinstance(prompt, str) and isinstance(completion, str)
+        ]
+        for i, tokens in zip(strings, self._strings([items[i] for i in strings]), strict=True):
             rows[i] = tokens
         chats = [i for i, row in enumerate(rows) if row is None]
-        for i, tokens in zip(chats, self._conversations([pairs[i] for i in chats]), strict=True):
+        for i, tokens in zip(chats, self._conversations([items[i] for i in chats]), strict=True):
             rows[i] = tokens
         return [row for row in rows if row is not None]
 
+    def keeps_as_text(self, text: Text) -> bool:
+        """Whether a string holds special tokens written out that stay text, as they may not in one rendered ahead."""
+        if not isinstance(text, str) or self._special == "tokens":
+            return False
+        return self._specials.holds(text.removeprefix(self._bos).removesuffix(self._eos))
+
     # Generation
 
-    def prompts(self, prompts: Sequence[Text]) -> list[np.ndarray | Refusal]:
+    def prompts(self, prompts: Sequence[Text], tools: Sequence[str] | None = None) -> list[np.ndarray | Refusal]:
         """What a completion is drawn behind, int32 [n] with n >= 1: a prompt's tokens as training sees them.
 
         An empty string gives the beginning token, or the end token where there is none: what stands between
         texts. A refusal stands in the place of its prompt.
 
+        Args:
+          tools: the functions on offer, one JSON text a prompt.
         Errors: UserError if nothing of the kind can be encoded with this tokenizer.
         """
-        texts: list[str | Refusal] = []
-        for prompt in prompts:
+        texts: list[str | Guarded | Refusal] = []
+        for prompt, offered in zip(prompts, tools or [""] * len(prompts), strict=True):
             try:
-                texts.append(prompt if isinstance(prompt, str) else self._asked(prompt))
+                texts.append(self._asked(prompt, offered))
             except Refusal as refusal:
                 texts.append(refusal)
-        ids = _batch(self._start, [text for text in texts if isinstance(text, str)])
+        ids = self._start([text for text in texts if not isinstance(text, Refusal)])
         return [
-            text if isinstance(text, Refusal) else self._before(ids[text], isinstance(prompt, str))
+            text if isinstance(text, Refusal) else self._before(ids.get(text), isinstance(prompt, str))
             for prompt, text in zip(prompts, texts, strict=True)
         ]
 
-    def _asked(self, messages: Conversation) -> str:
-        self._check_chat()
-        if not messages:
+    def _asked(self, prompt: Text, tools: str) -> str | Guarded:
+        if isinstance(prompt, str):
+            return self._string_of(prompt, tools, begins=True)
+        template = self._chat_template()
+        if not prompt:
             raise Refusal("the prompt holds no message")
-        return self._render(messages, True)
+        return template.asked(prompt, tools).upto()
 
-    def _before(self, ids: Ids, is_string: bool) -> np.ndarray | Refusal:
+    def _before(self, ids: Ids | None, is_string: bool) -> np.ndarray | Refusal:
+        if ids is None:
+            return Refusal(_NO_TEXT)
         if is_string:
             ids = self._begun(ids)
-        elif self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+        elif self._twice(ids):
             return Refusal("the chat template writes the beginning token twice")
         if not ids and self.bos_id is None and self.eos_id is None:
             raise UserError("an empty prompt needs a beginning or an end token and the tokenizer has none; give a text")
@@ -184,33 +218,49 @@ class Encoder:
           others: more of them, those of the model's generation_config.json.
         """
         own = () if self.eos_id is None else (self.eos_id,)
-        return tuple(dict.fromkeys((*own, *self._end_of_turn(), *others)))
-
-    def _end_of_turn(self) -> Ids:
-        """The added token that the template writes behind an answer; [] if it writes none."""
-        answer = "answer"
-        if not self.chat:
-            return []
-        try:
-            text = self._render((Message("user", "question"), Message("assistant", answer)), False)
-        except Refusal:
-            return []
-        _, found, after = text.rpartition(answer)
-        ids = _batch(self._middle, [after])[after] if found else []
-        first = next((i for i in ids if self._tokenizer.decode([i]).strip()), None)
-        return [first] if first is not None and first in self._tokenizer.added_tokens_decoder else []
+        ending = None if self._template is None else self._template.ending
+        turn = () if ending is None else (self._added[ending.token],)
+        return tuple(dict.fromkeys((*own, *turn, *others)))
 
     # Strings
 
-    def _strings(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Tokens | Refusal]:
-        if pairs and self.eos_id is None:
+    def _strings(self, items: Sequence[Any]) -> Iterator[Tokens | Refusal]:
+        if items and self.eos_id is None:
             raise UserError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
-        prompts = _batch(self._start, [prompt for prompt, _ in pairs])
+        rows: list[tuple[str | Guarded, str | Guarded] | Refusal] = []
+        for prompt, completion, *tools in items:
+            try:
+                asked = self._string_of(prompt, *tools, begins=True)
+                rows.append((asked, self._string_of(completion, begins=not prompt, ends=True)))
+            except Refusal as refusal:
+                rows.append(refusal)
+        pairs = [row for row in rows if not isinstance(row, Refusal)]
+        prompts = self._start([prompt for prompt, _ in pairs])
         # After an empty prompt the completion is the beginning of the text.
-        first = _batch(self._start, [completion for prompt, completion in pairs if not prompt])
-        later = _batch(self._middle, [completion for prompt, completion in pairs if prompt])
-        for prompt, completion in pairs:
-            yield self._string(prompts[prompt], (later if prompt else first)[completion])
+        first = self._start([completion for prompt, completion in pairs if not prompt])
+        later = self._middle([completion for prompt, completion in pairs if prompt])
+        for row in rows:
+            if isinstance(row, Refusal):
+                yield row
+                continue
+            asked, answer = prompts.get(row[0]), (later if row[0] else first).get(row[1])
+            yield Refusal(_NO_TEXT) if asked is None or answer is None else self._string(asked, answer)
+
+    def _string_of(self, text: str, tools: str = "", *, begins: bool, ends: bool = False) -> str | Guarded:
+        """A text as it is tokenised: only a beginning token that begins it and an end token that ends it are tokens."""
+        if tools:
+            raise Refusal("tools on offer need messages, and the prompt is a string")
+        if self._special == "tokens" or not self._specials.holds(text):
+            return text
+        start = self._bos if begins and text.startswith(self._bos) else ""
+        rest = text.removeprefix(start)
+        end = self._eos if ends and rest.endswith(self._eos) else ""
+        rest = rest.removesuffix(end)
+        if not self._specials.holds(rest):
+            return text
+        if NONCHARACTERS.search(rest):
+            raise Refusal("the text holds a special token and a character of U+FDD0 to U+FDD3")
+        return Guarded((start and wrapped(start)) + rest + (end and wrapped(end)))
 
     def _string(self, prompt: Ids, completion: Ids) -> Tokens | Refusal:
         prompt = self._begun(prompt)
@@ -229,6 +279,9 @@ class Encoder:
         assert token is not None
         return token
 
+    def _twice(self, ids: Ids) -> bool:
+        return self.bos_id is not None and ids[:2] == [self.bos_id] * 2
+
     def _tokens(self, ids: Ids, spans: Sequence[tuple[int, int]]) -> Tokens | Refusal:
         mask = np.zeros(len(ids), np.bool_)
         for start, stop in spans:
@@ -241,63 +294,73 @@ class Encoder:
 
     # Conversations
 
-    def _conversations(self, pairs: Sequence[tuple[Text, Text]]) -> list[Tokens | Refusal]:
-        plans: list[_Plan | Refusal] = []
+    def _conversations(self, items: Sequence[Any]) -> list[Tokens | Refusal]:
+        if not items:
+            return []
+        template = self._chat_template()
+        plans: list[Plan | Refusal] = []
         # Both answers of a pair share their prompt, and the last answer ends where the conversation does.
-        render = functools.cache(self._render)
-        for prompt, completion in pairs:
+        render = functools.cache(template.render)
+        for prompt, completion, *tools in items:
             try:
-                plans.append(self._plan(prompt, completion, render))
+                plans.append(self._plan(template, prompt, completion, "".join(tools), render))
             except Refusal as refusal:
                 plans.append(refusal)
-        texts = [t for p in plans if isinstance(p, _Plan) for t in (p.full, *itertools.chain(*p.spans))]
-        ids = _batch(self._start, texts)
+        ids = self._start([text for p in plans if isinstance(p, Plan) for text in _texts(p)])
         return [p if isinstance(p, Refusal) else self._planned(p, ids) for p in plans]
 
-    def _plan(self, prompt: Text, completion: Text, render: Callable[[Conversation, bool], str]) -> _Plan:
-        self._check_chat()
-        if isinstance(prompt, str) or isinstance(completion, str):
-            raise Refusal("one of prompt and completion is a string and the other a list of messages")
-        turns = prompt + completion
-        answers = [i for i in range(len(prompt), len(turns)) if turns[i].role == "assistant"]
-        spans = tuple((render(turns[:i], True), render(turns[: i + 1], False)) for i in answers)
-        return _Plan(render(turns, False), spans)
-
-    def _check_chat(self) -> None:
-        if not self.chat:
+    def _chat_template(self) -> Template:
+        if self._template is None:
             raise UserError(
                 "the rows hold messages and the tokenizer has no chat template; give one with "
                 "--config.data.chat_template=FILE, or rows with string columns"
             )
+        return self._template
 
-    def _render(self, messages: Conversation, generation: bool) -> str:
+    def _plan(self, template: Template, prompt: Text, completion: Text, tools: str, render: Render) -> Plan:
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise Refusal("one of prompt and completion is a string and the other a list of messages")
+        return template.plan(prompt, completion, tools, render)
+
+    def _planned(self, plan: Plan, ids: Tokenised) -> Tokens | Refusal:
+        full = ids.get(plan.upto())
+        if full is None:
+            return Refusal(_NO_TEXT)
         try:
-            return self._tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content, **json.loads(m.more or "{}")} for m in messages],
-                chat_template=self._template,
-                add_generation_prompt=generation,
-                tokenize=False,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"the chat template {self._named} is not valid Jinja ({error}); mend it") from error
-        except (jinja2.TemplateError, ValueError, TypeError, IndexError, KeyError) as error:
-            raise Refusal(f"the chat template fails on the row ({error or type(error).__name__})") from error
-
-    def _planned(self, plan: _Plan, ids: dict[str, Ids]) -> Tokens | Refusal:
-        full = ids[plan.full]
-        spans = [(ids[before], ids[upto]) for before, upto in plan.spans]
-        for before, upto in spans:
-            for prefix, what in ((before, "the prompt"), (upto, "an answer")):
-                same = _common(prefix, full)
-                if same < len(prefix):
-                    other = self._tokenizer.decode(prefix[same : same + 8])
-                    return Refusal(
-                        f"the chat template renders {what} differently when more follows it, "
-                        f"from token {same} on ({other!r} alone)"
-                    )
-        if self.bos_id is not None and full[:2] == [self.bos_id] * 2:
+            spans = [(self._place(plan, a, full, ids), self._place(plan, b, full, ids)) for a, b in plan.spans]
+        except Refusal as refusal:
+            return refusal
+        if self._twice(full):
             return Refusal("the chat template writes the beginning token twice")
-        return self._tokens(full, [(len(before), len(upto)) for before, upto in spans])
+        return self._tokens(full, spans)
+
+    def _place(self, plan: Plan, place: int, full: Ids, ids: Tokenised) -> int:
+        """Tokens before a place of the text.
+
+        Raises: Refusal if the text up to there alone isn't tokenised as in the whole.
+        """
+        if (count := plan.tokens_before(place)) is not None:
+            written = [i for i, token in enumerate(full) if token in self._start.control]
+            if len(written) == plan.tokens_before():
+                return written[count - 1] + 1
+        text = plan.upto(place)
+        part = (ids if text in ids else self._start([text])).get(text)
+        if part is None:
+            raise Refusal(_NO_TEXT)
+        if full[: len(part)] != part:
+            same = next(i for i, token in enumerate(part) if full[i : i + 1] != [token])
+            alone = self._start.decode(part[same : same + 8])
+            raise Refusal(
+                f"the tokenizer joins what stands before and after a boundary of an answer, from token {same} on "
+                f"({alone!r} alone)"
+            )
+        return len(part)
+
+
+def _texts(plan: Plan) -> list[str | Guarded]:
+    """What is tokenised of a plan: the whole, and all up to each boundary that no special token shows."""
+    places = (place for span in plan.spans for place in span if plan.tokens_before(place) is None)
+    return [plan.upto(), *map(plan.upto, places)]
 
 
 def _file(path: str) -> str:
@@ -305,17 +368,6 @@ def _file(path: str) -> str:
     if not file.is_file():
         raise UserError(f"there is no chat template {path}; check --config.data.chat_template")
     return file.read_text()
-
-
-def _batch(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, Ids]:
-    """Ids of each distinct text, without special tokens added."""
-    distinct = list(dict.fromkeys(texts))
-    encodings = tokenizer.encode_batch_fast(distinct, add_special_tokens=False)
-    return {text: encoding.ids for text, encoding in zip(distinct, encodings, strict=True)}
-
-
-def _common(a: Ids, b: Ids) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _continuing(state: Any) -> Any:

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.parity.checkpoints import LLAMA, LLAMA3, draw
 
-# As ChatML, with a newline after the end-of-turn token: whether it is trained is a convention.
+# As ChatML, with the newline between turns: TRL trains one that stands behind the last turn, ours does not.
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '' if loop.first else '\n' }}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
 

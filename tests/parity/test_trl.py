@@ -5,13 +5,15 @@ the steps after the first compare the gradient itself and the losses away from t
 is no longer log 2 whatever the model.
 
 Shared conventions (TRL 1.16):
-- Everything after the prompt is trained, the newline that ChatML writes after the end-of-turn token too; the
-  end token is appended to string completions that lack it, and never to a rendered conversation.
+- An answer is trained with its end-of-turn token; the end token is appended to string completions that lack it,
+  and never to a rendered conversation.
 - SFT divides by the trained tokens of the whole batch; preference losses are means over rows.
 - IPO's log-ratios are means over completion tokens (TRL's only form; ours is `length_normalised=True`).
 - KTO multiplies each row's loss by its weight and divides by the rows, not by the weights.
 - The gradient norm is that of all parameters before clipping.
 Where the conventions differ:
+- TRL trains everything after the prompt, so also what a template writes behind the end-of-turn token; here that
+  is not trained. The template of these rows writes nothing there; ChatML's newline is shown apart.
 - TRL tokenises prompt + completion strings together and lets the completion begin at the first token that
   differs from the prompt's own; here they are tokenised apart. The same rows come of it where no token
   spans the boundary, as in these.
@@ -46,6 +48,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from rlhf_jax import run
 from rlhf_jax.config import Config, Loss, ModelConfig, OptimizerConfig, Train
 from rlhf_jax.data.config import Data
+from rlhf_jax.data.rows import Message
+from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.sharding import MeshShape
 from tests.parity.checkpoints import LENGTH, load
@@ -192,3 +196,29 @@ def test_conservative_dpo_is_ours_alone(start: pathlib.Path, tmp_path: pathlib.P
     ]
     # At the reference the gradient is (1 - 2 e) times that of the plain loss.
     assert norms[0] == pytest.approx(0.6 * norms[1], rel=TOLERANCE)
+
+
+def test_the_newline_of_chatml_is_trls_alone(start: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """With ChatML's own template the rows are the same tokens, of which TRL trains one more a row."""
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    behind = tmp_path / "chatml.jinja"
+    behind.write_text(
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.chat_template = behind.read_text()
+    same = SAME["sft"]
+    args = same.config(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None,
+        activation_checkpointing=False,
+    )  # fmt: skip
+    trainer = same.trainer(
+        model=load(start), args=args, train_dataset=Dataset.from_list(same.rows(True)), processing_class=tokenizer
+    )
+    encoder = Encoder(tokenizer)
+    for theirs, row in zip(trainer.train_dataset, demonstrations(True), strict=True):
+        prompt, completion = (tuple(Message(**m) for m in row[side]) for side in ("prompt", "completion"))
+        ours = encoder.encode(prompt, completion)
+        assert ours.ids.tolist() == theirs["input_ids"]
+        trained = np.array(theirs["labels"]) != -100
+        assert np.flatnonzero(trained != ours.mask).tolist() == [len(ours) - 1] and trained[-1]

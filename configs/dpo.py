@@ -1,4 +1,4 @@
-"""DPO, IPO, KTO or hinge on preference rows, from a Hugging Face checkpoint.
+"""DPO, IPO, hinge, ORPO, SimPO, CPO or KTO on preference rows, from a Hugging Face checkpoint.
 
 python -m experiments.train --config=configs/dpo.py --config.model.path=MODEL --config.data.path=ROWS \
     --config.loss.name=dpo --workdir=runs/dpo

@@ -12,13 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import preference, sft
 from rlhf_jax.algorithms.step import Objective, Optimizer, TrainState, make_state, make_step
-from rlhf_jax.models.decoder import Model, Numerics, Shape
+from rlhf_jax.models.decoder import Model, Numerics
 from rlhf_jax.models.rope import Rope
+from rlhf_jax.models.shape import Kind, Shape
 from rlhf_jax.ops.layout import Layout
 
 SHAPE = Shape(
     vocab=64, width=32, layers=2, heads=4, groups=4, head_dim=8, mlp_width=48, length=64,
-    rope=Rope(theta=100.0), tied=False, qkv_bias=True, spread=0.3,
+    kinds=(Kind(rope=Rope(theta=100.0)),), tied=False, qkv_bias=True, spread=0.3,
 )  # fmt: skip
 ROWS, LENGTH = 32, 24
 
@@ -66,11 +67,7 @@ def either(learning_rate: Any, *, plain: float = 0.0, weight_decay: float = 0.01
 
 
 OPTIMIZER = Optimizer(either, optax.constant_schedule(1.0))
-OBJECTIVES = {
-    "demonstration": sft.make_objective,
-    "pair": preference.make_objective,
-    "labelled": preference.make_objective,
-}
+OBJECTIVES = {takes: algorithm.make_objective for algorithm in (sft, preference) for takes in algorithm.READS}
 
 
 def hyper(loss: dict[str, float], learning_rate: float = 3e-2, plain: float = 0.0) -> dict[str, Any]:

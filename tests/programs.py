@@ -10,10 +10,13 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms import ALGORITHMS, preference
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
 from rlhf_jax.algorithms.step import Optimizer, make_state, make_step
+from rlhf_jax.losses.preference import Pair
+from rlhf_jax.losses.supervised import Tokens
+from rlhf_jax.losses.unpaired import Answer
 from rlhf_jax.models.decoder import Model
 
 Program = Literal["step", "evaluation", "reference"]
-LOSSES = {"nll": ("sft", "demonstration"), "dpo": ("preference", "pair"), "kto": ("preference", "labelled")}
+LOSSES = {"nll": ("sft", Tokens), "dpo": ("preference", Pair), "kto": ("preference", Answer)}
 NUMBERS = {"nll": {"z_loss": 0.0}, "dpo": {"beta": 0.1}, "kto": {"beta": 0.1}}
 
 
@@ -36,16 +39,16 @@ def lower(
     """One program of a model, which must have a mesh; `rows` counts the rows of tokens: a pair is two of them."""
     mesh = model.layout.mesh
     assert mesh is not None
-    name, reads = LOSSES[loss]
+    name, takes = LOSSES[loss]
     algorithm = ALGORITHMS[name]
-    objective = algorithm.make_objective(model, algorithm.LOSSES[loss], reads, {})
+    objective = algorithm.make_objective(model, algorithm.LOSSES[loss], takes, {})
     optimizer = Optimizer(OPTIMIZERS["adamw"], make_schedule("constant", 1, 0, 0.1))
     hyper = {"loss": NUMBERS[loss], "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
     params, key = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.PRNGKey(0))
     state = jax.eval_shape(lambda p, k: make_state(p, hyper, optimizer, k), params, key)
     places, everywhere = sharding.state_shardings(state, mesh), NamedSharding(mesh, PartitionSpec())
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
-    completions = 2 if reads == "pair" else 1
+    completions = 2 if takes is Pair else 1
     batch = shapes_of_batch(rows // completions, completions, length, sharding.row_sharding(mesh))
     if program == "step":
         step = make_step(objective, optimizer, microbatches=microbatches, layout=model.layout)

@@ -104,10 +104,10 @@ def test_the_slices_of_two_processes_are_the_whole(half, mismatched, i):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 20), st.sampled_from([1, 2]), st.integers(0, 10), st.integers(0, 99))
-def test_a_batch_holds_its_rows_and_padding_is_never_trained(n, k, i, pad_id):
+@given(st.integers(1, 20), st.sampled_from([1, 2]), st.integers(0, 10))
+def test_a_batch_holds_its_rows_and_padding_is_never_trained(n, k, i):
     made = examples(n, k)
-    rows = loader(made, pad_id=pad_id)
+    rows = loader(made)
     batch = rows.batch(i)
     t = rows.bucket(i)
     assert batch["tokens"].shape == (4, k, t) and t in rows.lengths
@@ -117,7 +117,7 @@ def test_a_batch_holds_its_rows_and_padding_is_never_trained(n, k, i, pad_id):
     }
     assert not (batch["mask"] & (batch["segments"] == 0)).any()
     assert not batch["mask"][..., 0].any()
-    assert (batch["tokens"][batch["segments"] == 0] == pad_id).all()
+    assert (batch["tokens"][batch["segments"] == 0] == 0).all()
     assert (batch["positions"][batch["segments"] == 0] == 0).all()
     for b in range(4):
         example = made[rows.order(4 * i + b)]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.losses import LOSSES
-from rlhf_jax.losses.preference import PREFERENCE, Pair, dpo, hinge, ipo
+from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair, cpo, dpo, hinge, ipo, orpo, simpo
 from rlhf_jax.losses.supervised import SUPERVISED, Tokens, dft, nll
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer, kto
 
@@ -56,6 +56,20 @@ def test_kto_has_the_reference_values(golden, k):
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
 
 
+def test_losses_without_a_reference_have_the_reference_values(golden):
+    pair, expected = golden_pair(golden), golden["values"]
+    means = MeanPair(pair.chosen / pair.chosen_len, pair.rejected / pair.rejected_len)
+    sums = PolicyPair(pair.chosen, pair.rejected, pair.chosen_len, pair.rejected_len)
+    close = lambda found, values: np.testing.assert_allclose(found, values, rtol=2e-6, atol=2e-6)
+    close(simpo(means, beta=0.1, margin=0.5), expected["cpo"]["simpo(avg logp,gamma=.5,beta=.1)"]["per_seq"])
+    close(cpo(sums, beta=0.1, alpha=0.0), expected["cpo"]["sigmoid"]["per_seq"])
+    close(cpo(sums, beta=0.1, alpha=0.0, label_smoothing=0.1), expected["cpo"]["sigmoid ls=0.1"]["per_seq"])
+    close(cpo(sums, beta=0.1, alpha=0.5) - cpo(sums, beta=0.1, alpha=0.0), -0.5 * means.chosen)
+    means = MeanPair(*f32(*np.asarray(expected["orpo"]["avg_logp"])))  # chosen, rejected
+    odds = np.asarray(expected["orpo"]["OR term -beta*logsigmoid(log_odds)"])
+    close(orpo(means, beta=0.1), -means.chosen + odds)
+
+
 # ---- an oracle that shares no code, float64
 
 
@@ -71,6 +85,24 @@ def ipo64(p: list[np.ndarray], beta: float, length_normalised: bool) -> np.ndarr
 
 def hinge64(p: list[np.ndarray], beta: float) -> np.ndarray:
     return np.maximum(0, 1 - beta * (p[0] - p[2] - p[1] + p[3]))
+
+
+def log_odds64(mean: np.ndarray) -> np.ndarray:
+    return mean - np.log(-np.expm1(mean))
+
+
+def orpo64(p: list[np.ndarray], beta: float) -> np.ndarray:
+    return -p[0] - beta * log_sigmoid(log_odds64(p[0]) - log_odds64(p[1]))
+
+
+def simpo64(p: list[np.ndarray], beta: float, margin: float) -> np.ndarray:
+    return -log_sigmoid(beta * (p[0] - p[1]) - margin)
+
+
+def cpo64(p: list[np.ndarray], beta: float, alpha: float, label_smoothing: float) -> np.ndarray:
+    d = beta * (p[0] - p[1])
+    smooth = -(1 - label_smoothing) * log_sigmoid(d) - label_smoothing * log_sigmoid(-d)
+    return smooth - alpha * p[0] / p[2]
 
 
 def kto64(p: list[np.ndarray], beta: float, desirable_weight: float, undesirable_weight: float) -> np.ndarray:
@@ -89,12 +121,17 @@ def dft64(p: list[np.ndarray]) -> np.ndarray:
 RNG = np.random.default_rng(0)
 PAIR = [*-RNG.uniform(5, 60, (4, 8)), *RNG.integers(1, 20, (2, 8)).astype(float)]
 ANSWER = [-RNG.uniform(5, 60, 8), -RNG.uniform(5, 60, 8), RNG.random(8) < 0.5, RNG.uniform(0, 3, 8)]
+POLICY = [PAIR[0], PAIR[1], *PAIR[4:]]
+MEANS = [np.append(-RNG.uniform(0.05, 6, 6), [-1e-4, -30.0]), -RNG.uniform(0.05, 6, 8)]
 TOKENS = [-RNG.uniform(0.1, 5, (2, 4)), RNG.uniform(1, 9, (2, 4))]
 CASES: dict[str, tuple[type, list[np.ndarray], Callable, dict[str, Any]]] = {
     "dpo": (Pair, PAIR, dpo64, {"beta": 0.3, "label_smoothing": 0.2}),
     "ipo": (Pair, PAIR, ipo64, {"beta": 0.3, "length_normalised": False}),
     "ipo by token": (Pair, PAIR, ipo64, {"beta": 0.3, "length_normalised": True}),
     "hinge": (Pair, PAIR, hinge64, {"beta": 0.02}),
+    "orpo": (MeanPair, MEANS, orpo64, {"beta": 0.3}),
+    "simpo": (MeanPair, MEANS, simpo64, {"beta": 2.5, "margin": 1.25}),
+    "cpo": (PolicyPair, POLICY, cpo64, {"beta": 0.1, "alpha": 0.7, "label_smoothing": 0.2}),
     "kto": (Answer, ANSWER, kto64, {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}),
     "nll": (Tokens, TOKENS, nll64, {"z_loss": 0.1}),
     "dft": (Tokens, TOKENS, dft64, {}),
@@ -111,7 +148,7 @@ def test_value_and_gradient_agree_with_the_oracle(name):
     loss = LOSSES[name.split()[0]]
     as_arrays = columns(*(jnp.asarray(x) if x.dtype == bool else jnp.asarray(x, jnp.float32) for x in inputs))
     np.testing.assert_allclose(loss(as_arrays, **numbers), oracle(inputs, **numbers), rtol=2e-5, atol=1e-6)
-    for place in (0, 1) if columns is Pair else (0,):  # the policy's own columns
+    for place in (0, 1) if "rejected" in columns._fields else (0,):  # the policy's own columns
 
         def with_one(x: jax.Array, field: str = columns._fields[place]) -> jax.Array:
             return jnp.sum(loss(as_arrays._replace(**{field: x}), **numbers))
@@ -157,7 +194,7 @@ def test_swapping_flips_the_margin_and_a_common_shift_changes_nothing(logprobs, 
     whole = dpo(pair, beta=beta, label_smoothing=1.0)
     np.testing.assert_allclose(whole, dpo(swapped, beta=beta), rtol=1e-6, atol=1e-7)
     moved = pair._replace(chosen=pair.chosen + 8, ref_chosen=pair.ref_chosen + 8)
-    for loss in PREFERENCE.values():
+    for loss in (dpo, ipo, hinge):
         np.testing.assert_allclose(loss(moved, beta=beta), loss(pair, beta=beta), rtol=1e-3, atol=1e-4)
 
 
@@ -169,3 +206,9 @@ def test_no_gradient_reaches_ktos_baseline_or_dfts_weight():
     slope = jax.grad(lambda x: dft(Tokens(x, tokens.logsumexp))[0, 0])(tokens.logprobs)
     np.testing.assert_allclose(slope, -math.exp(-1))
     np.testing.assert_allclose(nll(tokens), 1.0)
+
+
+def test_orpo_is_finite_where_a_completion_is_certain_or_impossible():
+    edges = MeanPair(*f32([0.0, -1e-30, -200.0, 0.0], [-3.0, -200.0, -1e-30, 0.0]))
+    value, slopes = jax.value_and_grad(lambda pair: jnp.sum(orpo(pair)))(edges)
+    assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)

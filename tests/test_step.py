@@ -5,7 +5,8 @@ among them: loss and gradient norm of each of five steps to 1e-5 relative under 
 their norm under plain descent, at rates at which the loss visibly changes.
 """
 
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +15,30 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.step import Objective, Term, flat_rows
-from rlhf_jax.losses.preference import PREFERENCE
-from rlhf_jax.losses.supervised import SUPERVISED
-from rlhf_jax.losses.unpaired import UNPAIRED
+from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair
+from rlhf_jax.losses.supervised import SUPERVISED, Tokens
+from rlhf_jax.losses.unpaired import UNPAIRED, Answer
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sharding import MeshShape
 from tests import problem
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
-FAMILIES = {"demonstration": SUPERVISED, "pair": PREFERENCE, "labelled": UNPAIRED}
+FAMILIES = {Tokens: SUPERVISED, Answer: UNPAIRED} | {
+    takes: {name: loss for name, loss in PREFERENCE.items() if get_type_hints(loss)["pair"] is takes}
+    for takes in (Pair, PolicyPair, MeanPair)
+}
 NAMES = [name for losses in FAMILIES.values() for name in losses]
 STEPS = 5
 # Rates at which the loss of each moves by a per cent and more, under AdamW and under plain descent.
 ADAM, PLAIN = 3e-3, {"nll": 0.3, "dft": 3.0, "dpo": 0.3, "ipo": 2e-2, "hinge": 0.2, "kto": 1.0}
+PLAIN |= {"orpo": 0.3, "simpo": 3.0, "cpo": 0.1}
 
 
 class Once:
     """A model that looks at the rows of one trace once, however many objectives ask."""
 
     def __init__(self, model: Model):
-        self.model, self.seen = model, None
+        self.model, self.shape, self.seen = model, model.shape, None
 
     def token_stats(self, params: Any, rows: Any, **_: Any) -> Any:
         if self.seen is None:
@@ -41,8 +46,8 @@ class Once:
         return self.seen
 
 
-def every_loss(model: Model) -> Objective:
-    """The project's objectives under all of its losses; hyper["loss"]["which"] says which one counts.
+def every_loss(model: Model, families: Mapping[type, Mapping[str, Callable]] = FAMILIES) -> Objective:
+    """The project's objectives under all losses of some families; hyper["loss"]["which"] says which one counts.
 
     One program then serves them all. A term with another denominator, tokens instead of rows, is mixed in.
     """
@@ -50,9 +55,9 @@ def every_loss(model: Model) -> Objective:
     def objective(params, frozen, hyper, batch, key):
         numbers, once = hyper["loss"], Once(model)
         terms = []
-        for family, losses in FAMILIES.items():
+        for family, losses in families.items():
             for loss in losses.values():
-                beta = {} if family == "demonstration" else {"beta": numbers["beta"]}
+                beta = {} if family is Tokens else {"beta": numbers["beta"]}
                 make = problem.OBJECTIVES[family](cast(Any, once), loss, family, {})
                 term, _ = make(params, frozen, {"loss": beta}, batch, key)
                 terms.append(term["loss"])

@@ -17,9 +17,10 @@ Rate = Any  # a float or a scalar array
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay applies to: the matrices, never norms and biases."""
+    """Which parameters weight decay applies to: the matrices, an adapter's too, never norms and biases."""
+    matrices = ("kernel", "embedding", "head", "lora_a", "lora_b")
     last = lambda keys: path_of(keys).rsplit("/", 1)[-1]
-    return jax.tree_util.tree_map_with_path(lambda keys, _: last(keys) in ("kernel", "embedding", "head"), params)
+    return jax.tree_util.tree_map_with_path(lambda keys, _: last(keys) in matrices, params)
 
 
 def adamw(
@@ -57,7 +58,7 @@ def _matrices(params: Any) -> Any:
     """For Muon: how each weight of the layers is a stack of matrices; None: Adam takes the leaf."""
     axes = {
         "query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "out": ((1, 2), (3,)),
-        "gate": ((1,), (2,)), "up": ((1,), (2,)), "down": ((1,), (2,)),
+        "gate": ((1,), (2,)), "up": ((1,), (2,)), "down": ((1,), (2,)), "router": ((1,), (2,)),
     }  # fmt: skip
 
     def find(keys: tuple[Any, ...], leaf: Any) -> contrib.MuonDimensionNumbers | None:
@@ -65,6 +66,8 @@ def _matrices(params: Any) -> Any:
         if parts[-1] != "kernel":
             return None
         reduced, output = axes[parts[-2]]
+        if leaf.ndim == 4 and "experts" in parts:  # a stack of them a layer
+            reduced, output = (2,), (3,)
         return contrib.MuonDimensionNumbers(reduction_axis=reduced, output_axis=output)
 
     return jax.tree_util.tree_map_with_path(find, params)
@@ -73,7 +76,10 @@ def _matrices(params: Any) -> Any:
 def muon(
     learning_rate: Rate, *, momentum: float = 0.95, b1: float = 0.9, b2: float = 0.999, weight_decay: float = 0.0
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) on the layers' matrices; Adam (b1, b2) on embeddings, norms and biases."""
+    """Muon (Jordan et al. 2024) on the layers' matrices; Adam (b1, b2) on embeddings, norms and biases.
+
+    Adam also takes the factors of an adapter: Muon is made for whole matrices, of which they are only parts.
+    """
     return contrib.muon(
         learning_rate, beta=momentum, adam_b1=b1, adam_b2=b2, weight_decay=weight_decay,
         weight_decay_mask=decayed, adam_weight_decay=weight_decay, muon_weight_dimension_numbers=_matrices,

@@ -1,122 +1,196 @@
-"""Direct preference optimisation and its kin: learn from pairs or labels against a fixed reference."""
+"""Direct preference optimisation and its kin: learn from pairs or labels, most against a fixed reference."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algorithms.step import Batch, Mean, Objective, Term, TrainState, flat_rows, ratio
-from rlhf_jax.losses.preference import PREFERENCE, Pair
+from rlhf_jax.algorithms.step import (
+    Batch,
+    Mean,
+    Objective,
+    Reads,
+    Term,
+    TrainState,
+    balance_term,
+    by_example,
+    flat_rows,
+    ratio,
+    wanted,
+    whole,
+)
+from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **UNPAIRED}
-READS = {Pair: "pair", Answer: "labelled"}  # what a loss takes decides what a row is
+# What a loss takes decides what a row is, and whether a reference is asked.
+READS = {
+    Pair: Reads("pair", reference=True),
+    PolicyPair: Reads("pair", reference=False),
+    MeanPair: Reads("pair", reference=False),
+    Answer: Reads("labelled", reference=True),
+}
 
 
-def completion_logprobs(model: Model, params: Any, batch: Batch) -> tuple[Array, Array]:
-    """Log-probability of each completion, nats, and its length in tokens, float32 [B, K] each."""
-    rows = flat_rows(batch)
-    shape = batch["tokens"].shape[:2]
-    logprob = jnp.sum(model.token_stats(params, rows).logprobs, axis=-1)
-    return logprob.reshape(shape), jnp.sum(batch["mask"], axis=-1).astype(jnp.float32)
+class Said(NamedTuple):
+    """What a batch says of its N examples, each of K completions; those of a packed row stand together."""
+
+    weight: Array  # [N]
+    labels: Array  # [N, K] float32, 1 desirable
+    logprob: Array  # [N, K] nats, by the policy
+    length: Array  # [N, K] completion tokens; 1 where an example has none
+    ref_logprob: Array  # [N, K] nats, 0 without a reference
+    baseline: Array  # [N] nats, 0 for pairs
 
 
-def _pair_terms(loss: Callable[..., Array], batch: Batch, logprob: Array, length: Array) -> Array:
-    """The loss of each pair, [B]."""
-    columns = (logprob, batch["ref_logprob"], length)
-    (chosen, rejected), (ref_chosen, ref_rejected), lengths = (column.T for column in columns)
-    return loss(Pair(chosen, rejected, ref_chosen, ref_rejected, *lengths))
+def completion_logprobs(
+    model: Model, params: Any, rows: Batch, most: int, want: tuple[Any, ...] = ("logprobs",)
+) -> tuple[Array, Array, Any]:
+    """Log-probability of each completion, nats, and its length in tokens, float32 [N, K]; and the token statistics.
+
+    Args:
+      rows: tokens, mask, segments, positions [B, K, T].
+      most: examples a row may hold; N = B most.
+    """
+    stats = model.token_stats(params, flat_rows(rows), want=want)
+    logprobs = stats.logprobs.reshape(rows["tokens"].shape)
+    length = by_example(rows["mask"].astype(jnp.float32), rows["segments"], most)
+    return by_example(logprobs, rows["segments"], most), length, stats
 
 
-def _answer_terms(loss: Callable[..., Array], batch: Batch, logprob: Array, length: Array) -> Array:
-    """The loss of each row's answers, averaged over the K of them, [B]."""
-    baseline = jnp.repeat(batch["baseline"][:, None], logprob.shape[1], axis=1)
-    columns = (logprob, batch["ref_logprob"], batch["labels"], baseline)
-    return jnp.mean(loss(Answer(*(x.reshape(-1) for x in columns))).reshape(logprob.shape), axis=1)
+def _most(batch: Batch) -> int:
+    """Examples a row of the batch may hold: 1 if it isn't packed."""
+    return batch["weight"].size // len(batch["weight"])
 
 
-ROW_LOSS = {"pair": _pair_terms, "labelled": _answer_terms}
+def _said(batch: Batch, logprob: Array, length: Array) -> Said:
+    weight, nothing = batch["weight"].reshape(-1), jnp.zeros_like(logprob)
+    column = lambda name: batch[name].reshape(logprob.shape) if name in batch else nothing
+    baseline = batch["baseline"].reshape(-1) if "baseline" in batch else jnp.zeros_like(weight)
+    labels = column("labels").astype(jnp.float32)
+    return Said(weight, labels, logprob, jnp.maximum(length, 1), column("ref_logprob"), baseline)
 
 
-def _metrics(batch: Batch, logprob: Array, beta: Array, baseline: Array | float) -> dict[str, Mean]:
+# How each kind of loss is asked, and what its reward is before beta: [N] and [N, K].
+
+
+def _pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
+    columns = (*said.logprob.T, *said.ref_logprob.T, *said.length.T)
+    return loss(Pair(*columns)), said.logprob - said.ref_logprob
+
+
+def _policy_pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
+    return loss(PolicyPair(*said.logprob.T, *said.length.T)), said.logprob
+
+
+def _mean_pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
+    means = said.logprob / said.length
+    return loss(MeanPair(*means.T)), means
+
+
+def _answer(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
+    """The loss of an example's K answers is their mean."""
+    baseline = jnp.repeat(said.baseline[:, None], said.logprob.shape[1], axis=1)
+    columns = (said.logprob, said.ref_logprob, said.labels > 0, baseline)
+    losses = loss(Answer(*(x.reshape(-1) for x in columns))).reshape(baseline.shape)
+    return jnp.mean(losses, axis=1), said.logprob - said.ref_logprob
+
+
+ASKED: Mapping[type, Callable[[Callable[..., Array], Said], tuple[Array, Array]]] = {
+    Pair: _pair,
+    PolicyPair: _policy_pair,
+    MeanPair: _mean_pair,
+    Answer: _answer,
+}
+
+
+def _metrics(said: Said, rewards: Array, beta: Array) -> dict[str, Mean]:
     """What is plotted of a preference run; a tie counts as half right."""
-    labels = batch["labels"].astype(jnp.float32)
-    weight = jnp.broadcast_to(batch["weight"][:, None], labels.shape)
-    rewards = beta * jax.lax.stop_gradient(logprob - batch["ref_logprob"])
-    good, bad = weight * labels, weight * (1 - labels)
+    weight = jnp.broadcast_to(said.weight[:, None], said.labels.shape)
+    good, bad = weight * said.labels, weight * (1 - said.labels)
     mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
     chosen, rejected = mean(rewards, good), mean(rewards, bad)
-    if labels.shape[1] == 2:
-        margin, row = rewards[:, 0] - rewards[:, 1], batch["weight"]
+    if said.labels.shape[1] == 2:
+        margin = rewards[:, 0] - rewards[:, 1]
     else:
-        margin, row = ((rewards - beta * baseline) * (2 * labels - 1))[:, 0], batch["weight"]
+        margin = ((rewards - beta * said.baseline[:, None]) * (2 * said.labels - 1))[:, 0]
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": Mean(jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])),
-        "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), row),
-        "logps/chosen": mean(jax.lax.stop_gradient(logprob), good),
-        "logps/rejected": mean(jax.lax.stop_gradient(logprob), bad),
+        "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), said.weight),
+        "logps/chosen": mean(jax.lax.stop_gradient(said.logprob), good),
+        "logps/rejected": mean(jax.lax.stop_gradient(said.logprob), bad),
     }
 
 
-def make_objective(model: Model, loss: Callable[..., Array], reads: str, options: Mapping[str, Any]) -> Objective:
-    """The mean over rows of a preference loss.
+def make_objective(model: Model, loss: Callable[..., Array], takes: type, options: Mapping[str, Any]) -> Objective:
+    """The mean over examples of a preference loss, and the experts' balance if the model has some.
 
     Args:
       loss: one of `losses.preference` or `losses.unpaired`, called with hyper["loss"] (which must hold beta)
         and `options` (its non-numeric arguments).
-      reads: the value of `READS` for this loss.
-    A batch has tokens, mask, segments, positions [B, K, T], labels and ref_logprob [B, K], weight [B] and,
-    for losses of single answers, baseline [B] from `make_prepare`. K is 2 for pairs.
+      takes: what it takes, a key of `READS`.
+    A batch has tokens, mask, segments, positions [B, K, T], labels [B, K] and weight [B]; with a reference
+    ref_logprob [B, K], and for losses of single answers baseline [B] from `make_prepare`. K is 2 for pairs. In a
+    packed batch these are [B, M, K] and [B, M].
     """
 
     def objective(params, frozen, hyper, batch, key):
-        logprob, length = completion_logprobs(model, params, batch)
-        bound = lambda columns: loss(columns, **hyper["loss"], **options)
-        per_row = ROW_LOSS[reads](bound, batch, logprob, length)
-        total = jnp.sum(jnp.where(batch["weight"] > 0, per_row * batch["weight"], 0))
-        baseline = batch["baseline"][:, None] if reads == "labelled" else 0.0
-        means = _metrics(batch, logprob, hyper["loss"]["beta"], baseline)
-        if reads == "labelled":
-            means["kl"] = Mean(jnp.sum(batch["baseline"] * batch["weight"]), jnp.sum(batch["weight"]))
-        return {"loss": Term(1.0, total, jnp.sum(batch["weight"]))}, means
+        params = whole(params, frozen)
+        logprob, length, stats = completion_logprobs(model, params, batch, _most(batch), wanted(model, "logprobs"))
+        said = _said(batch, logprob, length)
+        per_row, rewards = ASKED[takes](lambda columns: loss(columns, **hyper["loss"], **options), said)
+        total = jnp.sum(jnp.where(said.weight > 0, per_row * said.weight, 0))
+        beta = hyper["loss"]["beta"]
+        means = _metrics(said, beta * jax.lax.stop_gradient(rewards), beta)
+        if READS[takes].form == "labelled":
+            means["kl"] = Mean(jnp.sum(said.baseline * said.weight), jnp.sum(said.weight))
+        terms = {"loss": Term(1.0, total, jnp.sum(said.weight))}
+        return balance_term(model, stats, batch, hyper, terms, means)
 
     return objective
 
 
 def make_reference_pass(model: Model) -> Callable[[Any, Batch], Array]:
-    """(params, batch) -> log-probability of each completion, float32 [B, K]: the reference's columns."""
-    return lambda params, batch: completion_logprobs(model, params, batch)[0]
+    """(params, batch) -> log-probability of each completion, float32 [N, K]: the reference's columns."""
+    return lambda params, batch: completion_logprobs(model, params, batch, _most(batch))[0]
 
 
-def make_prepare(model: Model, reads: str, reference: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
+def make_prepare(
+    model: Model, takes: type, reference: tuple[Model, Any] | None
+) -> Callable[[TrainState, Batch], Iterator[Batch]]:
     """Pairs come with their reference columns; single answers also get KTO's baseline, made live.
 
     The baseline is k = max(0, mean over the global batch of log pi - log ref of mismatched completions), one
     number for all rows, under the parameters that are about to be updated.
 
     Args:
-      reference: the reference's parameters; used for losses of single answers alone.
+      reference: the reference and its parameters; None: those of the state's frozen base, which an adapter
+        leaves as they were. Used for losses of single answers alone.
     """
+    fixed_model = model.without_adapter() if reference is None else reference[0]
 
-    def baseline(params: Any, reference: Any, mismatched: Batch, weight: Array) -> Array:
-        policy, _ = completion_logprobs(model, params, mismatched)
-        fixed, _ = completion_logprobs(model, reference, mismatched)
-        count = jnp.sum(weight) * policy.shape[1]
-        moved = ratio(jnp.sum(jnp.where(weight[:, None] > 0, policy - fixed, 0) * weight[:, None]), count)
+    def baseline(params: Any, frozen: Any, fixed: Any, mismatched: Batch, weight: Array) -> Array:
+        most = weight.size // len(weight)
+        policy = completion_logprobs(model, whole(params, frozen), mismatched, most)[0]
+        before = completion_logprobs(fixed_model, fixed, mismatched, most)[0]
+        flat = weight.reshape(-1, 1)
+        moved = ratio(jnp.sum(jnp.where(flat > 0, policy - before, 0) * flat), jnp.sum(flat) * policy.shape[1])
         return jnp.full_like(weight, jnp.maximum(moved, 0))
 
     measure = jax.jit(baseline, out_shardings=model.layout.sharding("rows"))
 
     def labelled(state: TrainState, rows: Batch) -> Iterator[Batch]:
         kept = {name: column for name, column in rows.items() if name != "mismatched"}
-        yield kept | {"baseline": measure(state.params, reference, rows["mismatched"], rows["weight"])}
+        fixed = state.frozen if reference is None else reference[1]
+        measured = measure(state.params, state.frozen, fixed, rows["mismatched"], rows["weight"])
+        yield kept | {"baseline": measured}
 
     def pair(state: TrainState, rows: Batch) -> Iterator[Batch]:
         yield rows
 
-    return {"pair": pair, "labelled": labelled}[reads]
+    return {"pair": pair, "labelled": labelled}[READS[takes].form]

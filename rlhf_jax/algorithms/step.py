@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.models.lora import join
 from rlhf_jax.ops.layout import Layout
+from rlhf_jax.ops.logprobs import Stat, TokenStats
 
 STEP = 1  # purposes that keys are folded with
 INIT = 2
+ADAPTER = 3
 
 
 class Term(NamedTuple):
@@ -36,6 +40,13 @@ class Mean(NamedTuple):
 
     total: Array
     count: Array
+
+
+class Reads(NamedTuple):
+    """What a loss asks of the data, by what it takes."""
+
+    form: str  # what a row is: demonstration, pair or labelled
+    reference: bool  # whether a fixed model's log-probabilities are columns of the batch
 
 
 Batch = dict[str, Any]
@@ -97,6 +108,49 @@ def flat_rows(batch: Batch) -> dict[str, Array]:
     """A batch's token columns [B, K, T] as [B K, T]: K completions of a row become rows of their own."""
     names = ("tokens", "mask", "segments", "positions")
     return {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in names}
+
+
+def by_example(values: Array, segments: Array, most: int) -> Array:
+    """Sums over each completion of what is said of its tokens: [B, K, T] to [N, K], N = B most.
+
+    Args:
+      segments: int [B, K, T], the number of a token's example in its row, from 1; 0: none.
+      most: examples a row may hold. A row's examples stand together in N, those it lacks are 0.
+    """
+    numbers = jnp.arange(1, most + 1)[:, None, None]  # an example an entry of the second axis
+    sums = jnp.sum(jnp.where(segments[:, None] == numbers[None], values[:, None], 0), axis=-1)
+    return sums.reshape(-1, values.shape[1])
+
+
+def token_weight(batch: Batch) -> Array:
+    """The weight of each token's example, float32 [B, K, T]; 0 for padding."""
+    weight = batch["weight"].reshape(len(batch["weight"]), -1)
+    segments = batch["segments"]
+    place = jnp.maximum(segments - 1, 0).reshape(len(weight), -1)
+    found = jnp.take_along_axis(weight, place, axis=1).reshape(segments.shape)
+    return jnp.where(segments > 0, found, 0)
+
+
+def whole(params: Any, frozen: Any) -> Any:
+    """All parameters of a model: those that are trained, with the frozen base that they adapt if there is one."""
+    return params if frozen is None else join(params, frozen)
+
+
+def wanted(model: Model, *stats: Stat) -> tuple[Stat, ...]:
+    """What an objective asks of `Model.token_stats`: these, and how evenly its experts are used if it has some."""
+    return stats if model.shape.experts is None else (*stats, "balance")
+
+
+def balance_term(
+    model: Model, stats: TokenStats, batch: Batch, hyper: Any, terms: dict[str, Term], means: dict[str, Mean]
+) -> tuple[dict[str, Term], dict[str, Mean]]:
+    """`terms` and `means`, for a mixture of experts with its load-balancing term; its count is all real tokens."""
+    if model.shape.experts is None:
+        return terms, means
+    used = token_weight(batch).reshape(stats.balance.shape)
+    total, count = jnp.sum(stats.balance * used), jnp.sum(used)
+    mean = Mean(jax.lax.stop_gradient(total), count)
+    return terms | {"balance": Term(hyper["balance"], total, count)}, means | {"balance": mean}
 
 
 def _accumulate(

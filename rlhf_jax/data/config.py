@@ -5,6 +5,27 @@ from typing import Annotated, Literal
 
 FormatName = Literal[
     "auto",
+    "self_instruct",
+    "oasst",
+    "oasst_ranking",
+    "scored_transcripts",
+    "domain_normal",
+    "domain_academy",
+    "domain_business",
+    "domain_entertainment",
+    "domain_literature",
+    "pandalm",
+    "graded_pair",
+    "judged_pair",
+    "finegrained",
+    "finegrained_pairs",
+    "finegrained_spans",
+    "first_error",
+    "mistake_index",
+    "prm800k",
+    "solutions",
+    "problem",
+    "first_turn",
     "preference",
     "ranking",
     "stepwise",
@@ -17,7 +38,9 @@ FormatName = Literal[
     "alpaca",
     "sharegpt",
     "messages",
+    "question_answer",
     "prompt",
+    "text",
 ]
 
 
@@ -38,9 +61,19 @@ class Data:
         Literal["cut_prompt", "refuse", "stop"],
         "rows over the length: cut the oldest prompt tokens, leave the row out, or stop the run",
     ] = "cut_prompt"
+    train_on: Annotated[
+        Literal["all", "last"], "assistant turns of a conversation that are trained: all of them, or the last"
+    ] = "all"
+    special: Annotated[
+        Literal["text", "tokens"],
+        "special tokens written out in rows of strings: they stay text, or are tokens, as in rows rendered ahead",
+    ] = "text"
     max_refused: Annotated[float, "largest share of unusable rows that a run accepts, 0 to 1"] = 0.05
     chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizer's chat template"] = None
     buckets: Annotated[
         tuple[int, ...], "row lengths batches are padded to; empty: powers of two from 64, and length"
     ] = ()
+    pack: Annotated[
+        bool, "put several examples into each row of data.length tokens; a batch then counts rows, not examples"
+    ] = False
     threads: Annotated[int, "threads that build batches ahead; 0: none"] = 2

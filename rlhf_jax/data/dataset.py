@@ -12,7 +12,7 @@ from etils import epath
 from rlhf_jax.data import formats, sources
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.conversions import CONVERSIONS, Form, impossible
-from rlhf_jax.data.rows import Refusal, Text
+from rlhf_jax.data.rows import Left, Refusal, Row, Text
 from rlhf_jax.data.tokens import Encoder, Tokens, fit
 from rlhf_jax.errors import UserError
 
@@ -52,6 +52,10 @@ class Report:
       cut: rows whose prompt lost its oldest tokens.
       too_long: rows left out because they don't fit the length.
       shared: rows of `path` left out because their prompt stands in `eval_path`.
+      left: good rows that hold nothing to learn from, such as ties, with the reason.
+      tokens, lost: tokens of all rows that could be encoded, and how many of them the length took: cut away, or of
+        rows that were left out for it.
+      kept_as_text: rows of strings that hold special tokens written out, which stayed text.
     """
 
     read: int
@@ -61,6 +65,10 @@ class Report:
     cut: tuple[str, ...]
     too_long: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    tokens: int = 0
+    lost: int = 0
+    kept_as_text: int = 0
 
     @property
     def used(self) -> int:
@@ -70,9 +78,10 @@ class Report:
     def lines(self, first: int = 5) -> list[str]:
         """Sentences for the start of a run, naming the `first` rows of each kind."""
         said = [f"{self.read} rows read: {self.train} examples to train on, {self.evaluation} held out"]
-        refused = [f"{where} ({reason})" for where, reason in self.refused]
+        refused, left = ([f"{where} ({why})" for where, why in rows] for rows in (self.refused, self.left))
         for rows, what in (
             (refused, "refused"),
+            (left, "left out: nothing to learn from"),
             (self.cut, "cut to the length (oldest prompt tokens)"),
             (self.too_long, "left out: longer than the length"),
             (self.shared, "left out: prompt also in the held-out rows"),
@@ -80,11 +89,18 @@ class Report:
             if rows:
                 more = ", ..." if len(rows) > first else ""
                 said.append(f"{len(rows)} {what}: {', '.join(rows[:first])}{more}")
+        if self.kept_as_text:
+            said.append(
+                f"{self.kept_as_text} rows hold special tokens written out, which stay text; if these rows were rendered "
+                "ahead, give --config.data.special=tokens"
+            )
+        said.append(f"{self.lost:,} of {self.tokens:,} tokens lost to the length")
         return said
 
     def write(self, path: str) -> None:
         """Every row that was refused, cut or left out, one JSON object a line: where, what, reason."""
         rows = [{"where": where, "what": "refused", "reason": reason} for where, reason in self.refused]
+        rows += [{"where": where, "what": "left", "reason": reason} for where, reason in self.left]
         for places, what in (
             (self.cut, "cut"),
             (self.too_long, "too long"),
@@ -114,6 +130,7 @@ class _Item:
     index: int
     source: int
     where: str
+    tools: str
 
 
 @dataclasses.dataclass
@@ -122,8 +139,12 @@ class _Notes:
 
     read: int = 0
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
     cut: dict[str, None] = dataclasses.field(default_factory=dict)
     too_long: dict[str, None] = dataclasses.field(default_factory=dict)
+    tokens: int = 0
+    lost: int = 0
+    kept_as_text: int = 0
 
 
 def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> Dataset:
@@ -155,7 +176,11 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
         )
     train, evaluation, shared = _split(kept, config, seed)
     cut, too_long = tuple(notes.cut), tuple(notes.too_long)
-    report = Report(notes.read, len(train), len(evaluation), refused, cut, too_long, shared)
+    left = tuple(notes.left.items())
+    report = Report(
+        notes.read, len(train), len(evaluation), refused, cut, too_long, shared, left, notes.tokens, notes.lost,
+        notes.kept_as_text,
+    )  # fmt: skip
     if not train:
         raise UserError(_nothing_left(report, config.path, length))
     return Dataset(tuple(train), tuple(evaluation), report, _fingerprint(train, evaluation, encoder))
@@ -178,9 +203,13 @@ def _check(config: Data, length: int) -> None:
 
 def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
     held = len(report.shared) + report.evaluation
-    why = f"{len(report.refused)} refused, {len(report.too_long)} longer than {length} tokens, {held} held out"
+    why = (
+        f"{len(report.refused)} refused, {len(report.left)} with nothing to learn from, "
+        f"{len(report.too_long)} longer than {length} tokens, {held} held out"
+    )
     first = f"; the first refused is {': '.join(report.refused[0])}" if report.refused else ""
     mend = {
+        len(report.left): "give rows that prefer one answer to another",
         len(report.refused): "mend the rows",
         len(report.too_long): "raise --config.data.length or choose --config.data.too_long=cut_prompt",
         report.evaluation * (not report.shared): "lower --config.data.eval_share",
@@ -198,10 +227,10 @@ def _items(
 ) -> tuple[list[_Item], int]:  # fmt: skip
     """The items of one source, numbered from `index`, and the next free number."""
     notes.read += len(records)
-    name = _format(path, records, config.format)
+    kinds = [row for row, wanted in CONVERSIONS if wanted == form]
+    name = format_of(path, records, config.format, kinds)
     kind = formats.FORMATS[name].row
-    if (kind, form) not in CONVERSIONS:
-        kinds = [row for row, wanted in CONVERSIONS if wanted == form]
+    if kind not in kinds:
         columns = [record.columns for record in records if isinstance(record, sources.Record)]
         raise UserError(impossible(path, formats.lacking(kinds, columns[:FIRST_ROWS]), kind, form))
     items: list[_Item] = []
@@ -209,18 +238,29 @@ def _items(
         try:
             if isinstance(record, sources.Refused):
                 raise Refusal(record.reason)
-            row = formats.adapt(name, record.columns, chat)
-        except Refusal as refusal:
-            notes.refused.setdefault(record.where, str(refusal))
+            rows = formats.adapt(name, record.columns, chat)
+        except (Refusal, Left) as reason:
+            noted = notes.refused if isinstance(reason, Refusal) else notes.left
+            noted.setdefault(record.where, str(reason))
             index += 1  # numbers do not move when a row is refused
             continue
-        for prompt, completions, labels in CONVERSIONS[kind, form](row):
-            items.append(_Item(prompt, completions, labels, index, source, record.where))
-            index += 1
+        first = len(items)
+        for row in rows:
+            for prompt, completions, labels in CONVERSIONS[kind, form](row):
+                items.append(_Item(prompt, completions, labels, index, source, record.where, row.tools))
+                index += 1
+        if len(items) == first:
+            notes.left.setdefault(record.where, "no two answers of different rank and text")
     return items, index
 
 
-def _format(path: str, records: Sequence[sources.Record | sources.Refused], wanted: str) -> str:
+def format_of(
+    path: str, records: Sequence[sources.Record | sources.Refused], wanted: str, kinds: Sequence[type[Row]] = ()
+) -> str:
+    """The name of the format that the records of `path` are read in; of several readings the first of `kinds`.
+
+    Raises: UserError if no record can be read, or the format `wanted` doesn't fit them.
+    """
     columns = [record.columns for record in records if isinstance(record, sources.Record)]
     if not columns:
         bad = next(record for record in records if isinstance(record, sources.Refused))
@@ -229,7 +269,7 @@ def _format(path: str, records: Sequence[sources.Record | sources.Refused], want
             "an object of columns a line, or a file with the suffix of what it is"
         )
     if wanted == "auto":
-        return formats.detect(columns[:FIRST_ROWS], path)
+        return formats.detect(columns[:FIRST_ROWS], path, kinds)
     formats.check(wanted, columns, path)
     return wanted
 
@@ -244,7 +284,7 @@ def _encoded(
     policy: str,
     notes: _Notes,
 ) -> list[tuple[_Item, Example]]:
-    rows = iter(encoder.encode_many([(item.prompt, c) for item in items for c in item.completions]))
+    rows = iter(encoder.encode_many([(item.prompt, c, item.tools) for item in items for c in item.completions]))
     kept = []
     for item in items:
         whole = [next(rows) for _ in item.completions]
@@ -253,13 +293,16 @@ def _encoded(
             notes.refused.setdefault(item.where, str(bad))
             continue
         completions = tuple(row for row in whole if isinstance(row, Tokens))
-        longest = max(map(len, completions))
+        longest, tokens = max(map(len, completions)), sum(map(len, completions))
+        notes.tokens += tokens
+        notes.kept_as_text += any(map(encoder.keeps_as_text, (item.prompt, *item.completions)))
         if longest > length and policy == "stop":
             raise UserError(
                 f"{item.where} has {longest} tokens and the length is {length}; "
                 "raise --config.data.length or choose --config.data.too_long=cut_prompt or refuse"
             )
         fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
+        notes.lost += tokens - sum(map(len, fitted or ()))
         if fitted is None:
             notes.too_long[item.where] = None
             continue

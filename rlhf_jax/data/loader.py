@@ -16,10 +16,12 @@ import grain
 import numpy as np
 
 from rlhf_jax.data.dataset import Example
+from rlhf_jax.data.packing import best_fit
 from rlhf_jax.data.tokens import Tokens, fit
 from rlhf_jax.errors import UserError
 
 Batch = dict[str, Any]
+Row = tuple[int, ...]  # places of the examples of one row of a batch
 SMALLEST_BUCKET = 64
 
 
@@ -37,7 +39,7 @@ def bucket_lengths(length: int, buckets: Sequence[int] = ()) -> tuple[int, ...]:
 class Loader:
     """An endless stream of batches over shuffled epochs.
 
-    A batch holds, for K completions an example (1, or 2 for pairs) and T the smallest bucket that holds its
+    A batch holds, for at most K completions an example (1, 2 for pairs) and T the smallest bucket that holds its
     longest row:
       tokens    [B, K, T] int32
       mask      [B, K, T] bool, trained tokens
@@ -46,9 +48,15 @@ class Loader:
       weight    [B] float32, 1, or 0 for padding rows
       index     [B] int32, the example's index, -1 for padding rows
       labels    [B, K] bool, if the examples have labels
+      lengths   [B, K] int32, tokens of each completion with its prompt, if not all examples have K completions
     Rows are left-aligned.
     With `mismatched`, also a dict `mismatched` of tokens, mask, segments and positions of the same shapes:
     the prompt of a row with the completions of the next row of the order that has another prompt.
+
+    With `pack`, a row holds up to M examples one behind the other, M what the fullest row holds: segments count
+    them from 1, positions begin anew with each, T is the length, and weight and index are [B, M], labels and
+    lengths [B, M, K]. Which examples share a row is decided once, from the seed and the lengths; each epoch
+    shuffles the rows.
     """
 
     def __init__(
@@ -61,7 +69,7 @@ class Loader:
         buckets: Sequence[int] = (),
         weights: Sequence[float] = (),
         mismatched: bool = False,
-        pad_id: int = 0,
+        pack: bool = False,
         shuffle: bool = True,
     ):
         """Args:
@@ -76,12 +84,12 @@ class Loader:
             raise UserError(f"train.batch_size={batch_size} must be at least 1")
         if not examples:
             raise UserError("there are no rows to load; check --config.data.path and --config.data.eval_share")
-        self.examples, self.batch_size, self.pad_id = tuple(examples), batch_size, pad_id
-        self.length, self.lengths = length, bucket_lengths(length, buckets)
+        self.examples, self.batch_size, self.packed = tuple(examples), batch_size, pack
+        self.length, self.lengths = length, (length,) if pack else bucket_lengths(length, buckets)
         self._mismatched = mismatched
         self._prompts = np.asarray([e.prompt for e in self.examples], np.int64)
         self._starts = np.asarray([e.completions[0].start for e in self.examples])
-        self._totals = np.asarray([[len(c) for c in e.completions] for e in self.examples])  # [examples, K]
+        self._totals = _totals(self.examples)
         if self._totals.max() > length:
             where = self.examples[int(self._totals.max(axis=1).argmax())].where
             raise UserError(f"{where} has {self._totals.max()} tokens and the length is {length}")
@@ -90,10 +98,42 @@ class Loader:
                 "all rows have one prompt, but this loss puts each answer behind another's prompt; "
                 "give data with several prompts"
             )
-        self._order = _order(self.examples, seed, weights, shuffle)
+        sources = np.asarray([e.source if weights else 0 for e in self.examples])
+        self.rows = self._pack(sources, seed) if pack else tuple((place,) for place in range(len(self.examples)))
+        self.most = max(map(len, self.rows))
+        self._order = _order([int(sources[row[0]]) for row in self.rows], seed, weights, shuffle)
+
+    def _pack(self, sources: np.ndarray, seed: int) -> tuple[tuple[int, ...], ...]:
+        """The examples of each packed row; those of one source stay together, because rows are what is mixed."""
+        lengths = self._totals
+        if self._mismatched:  # who crosses whom must be known before it is packed, so that it fits as well
+            order = np.random.RandomState(seed % 2**32).permutation(len(self.examples))
+            self._partners = self._next_with_another_prompt(order)
+            lengths = np.concatenate([lengths, self._crossed_lengths(np.arange(len(order)), self._partners)], axis=1)
+        rows = []
+        for source in np.unique(sources):
+            places = np.flatnonzero(sources == source)
+            rows += [tuple(places[list(row)].tolist()) for row in best_fit(lengths[places], self.length, seed)]
+        return tuple(rows)
+
+    def _next_with_another_prompt(self, order: np.ndarray) -> np.ndarray:
+        """For each example the one behind it in a cyclic order whose prompt is another."""
+        prompts, count = self._prompts[order], len(order)
+        partners = np.empty(count, np.int64)
+        ahead = int((prompts != prompts[0]).argmax())  # of the last in the order, round the end
+        for place in reversed(range(count)):
+            after = (place + 1) % count
+            ahead = after if prompts[after] != prompts[place] else ahead
+            partners[order[place]] = order[ahead]
+        return partners
+
+    def _crossed_lengths(self, own: np.ndarray, partners: np.ndarray) -> np.ndarray:
+        """Tokens of the prompts of `own` with the completions of `partners`, cut to the length, int [n, K]."""
+        crossed = self._starts[own][:, None] + self._totals[partners] - self._starts[partners][:, None]
+        return np.where(self._totals[partners] > 0, np.minimum(crossed, self.length), 0)
 
     def order(self, p: int) -> int:
-        """The place in `examples` of global row p >= 0; rows are endless."""
+        """Which of `rows` global row p >= 0 is: without packing a place in `examples`. Rows are endless."""
         return int(cast(int, self._order[p]))
 
     def bucket(self, i: int) -> int:
@@ -102,6 +142,8 @@ class Loader:
 
     def buckets(self, start: int, stop: int) -> dict[int, int]:
         """Row length -> number of the batches [start, stop) that have it, ascending."""
+        if self.packed:
+            return {self.length: stop - start} if stop > start else {}
         counts = collections.Counter(self.bucket(i) for i in range(start, stop))
         return dict(sorted(counts.items()))
 
@@ -117,53 +159,81 @@ class Loader:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(batches.to_iter_dataset(options))
 
+    def padding(self) -> float:
+        """Share of an epoch's tokens that are padding, if all its rows had the length."""
+        return 1 - float(self._totals.sum()) / (len(self.rows) * self._totals.shape[1] * self.length)
+
+    def describe(self) -> str:
+        """What packing made of the examples, in a line."""
+        return (
+            f"{len(self.examples)} examples in {len(self.rows)} rows of {self.length} tokens, at most {self.most} a "
+            f"row; {self.padding():.1%} of the tokens are padding, none was lost"
+        )
+
     def _positions(self, i: int) -> range:
         return range(i * self.batch_size, (i + 1) * self.batch_size)
 
-    def _places(self, positions: range) -> tuple[list[int], list[int]]:
-        """Examples at the positions and, if asked for, the example whose completions mismatch each."""
-        own = [self.order(p) for p in positions]
+    def _places(self, positions: range) -> tuple[list[Row], list[Row]]:
+        """Examples at the positions and, if asked for, the examples whose completions mismatch each."""
+        own = [self.rows[self.order(p)] for p in positions]
         if not self._mismatched:
             return own, []
-        ahead = [*own[1:], self.order(positions.stop)] if own else []
+        if self.packed:
+            return own, [tuple(int(self._partners[place]) for place in row) for row in own]
+        ahead = [*own[1:], self.rows[self.order(positions.stop)]] if own else []
         pairs = zip(positions, own, ahead, strict=True)
-        return own, [b if self._differ(a, b) else self._partner(p, a) for p, a, b in pairs]
+        return own, [b if self._differ(a[0], b[0]) else self._partner(p, a[0]) for p, a, b in pairs]
 
     def _differ(self, a: int, b: int) -> bool:
         return bool(self._prompts[a] != self._prompts[b])
 
-    def _partner(self, p: int, place: int) -> int:
+    def _partner(self, p: int, place: int) -> Row:
         """The next example of the order that has another prompt; there is one in every epoch."""
         while True:
             p += 1
-            other = self.order(p)
-            if self._differ(place, other):
+            other = self.rows[self.order(p)]
+            if self._differ(place, other[0]):
                 return other
 
-    def _bucket(self, own: Sequence[int], partners: Sequence[int]) -> int:
-        longest = self._totals[own].max()
+    def _bucket(self, own: Sequence[Row], partners: Sequence[Row]) -> int:
+        if self.packed:
+            return self.length
+        places = [row[0] for row in own]
+        longest = self._totals[places].max()
         if partners:
-            crossed = self._starts[own] + (self._totals[partners].max(axis=1) - self._starts[partners])
-            longest = max(longest, min(crossed.max(), self.length))
+            crossed = self._crossed_lengths(np.asarray(places), np.asarray([row[0] for row in partners]))
+            longest = max(longest, crossed.max())
         return next(b for b in self.lengths if b >= longest)
 
     def _build(self, positions: range, rows: slice, size: int | None = None) -> Batch:
         """Rows of the positions, filled up to `size` with padding rows."""
         own, partners = self._places(positions)
-        t = self._bucket(own, partners)
-        empty = [None] * ((size or len(own)) - len(own))
-        examples = [*(self.examples[e] for e in own), *empty][rows]
-        k = self._totals.shape[1]
-        batch = _stack([e and e.completions for e in examples], k, t, self.pad_id)
-        batch["weight"] = np.asarray([e is not None for e in examples], np.float32)
-        batch["index"] = np.asarray([-1 if e is None else e.index for e in examples], np.int32)
-        if self.examples[0].labels:
-            labels = [(False,) * k if e is None else e.labels for e in examples]
-            batch["labels"] = np.asarray(labels, np.bool_).reshape(len(examples), k)
+        shape = self.most, self._totals.shape[1], self._bucket(own, partners)
+        empty: list[Row] = [()] * ((size or len(own)) - len(own))
+        examples = [[self.examples[place] for place in row] for row in [*own, *empty][rows]]
+        batch = _stack([[e.completions for e in row] for row in examples], *shape)
+        batch |= self._columns(examples, *shape[:2])
         if self._mismatched:
-            crossed = [*zip(own, partners, strict=True), *empty][rows]
-            batch["mismatched"] = _stack([c and self._crossed(*c) for c in crossed], k, t, self.pad_id)
+            pairs = [*zip(own, partners, strict=True), *((row, row) for row in empty)][rows]
+            crossed = [[self._crossed(*both) for both in zip(*pair, strict=True)] for pair in pairs]
+            batch["mismatched"] = _stack(crossed, *shape)
         return batch
+
+    def _columns(self, rows: Sequence[Sequence[Example]], most: int, k: int) -> Batch:
+        """What is said of each example of each row."""
+        weight, index = np.zeros((len(rows), most), np.float32), np.full((len(rows), most), -1, np.int32)
+        labels, lengths = (np.zeros((len(rows), most, k), kind) for kind in (np.bool_, np.int32))
+        for b, row in enumerate(rows):
+            for m, example in enumerate(row):
+                weight[b, m], index[b, m] = 1, example.index
+                labels[b, m, : len(example.labels)] = example.labels
+                lengths[b, m, : len(example.completions)] = [len(c) for c in example.completions]
+        columns = {"weight": weight, "index": index}
+        if self.examples[0].labels:
+            columns["labels"] = labels
+        if (self._totals == 0).any():
+            columns["lengths"] = lengths
+        return columns if self.packed else {name: column[:, 0] for name, column in columns.items()}
 
     def _crossed(self, place: int, partner: int) -> tuple[Tokens, ...]:
         """The prompt of one example with the completions of another, cut to the length."""
@@ -191,10 +261,10 @@ def once(
     length: int,
     buckets: Sequence[int] = (),
     mismatched: bool = False,
-    pad_id: int = 0,
+    pack: bool = False,
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Every example once in order, for evaluation; padding rows (weight 0) fill the last batch."""
+    """Every example once, in order if not packed, for evaluation; padding rows (weight 0) fill the last batch."""
     if not examples:
         return
     loader = Loader(
@@ -203,18 +273,26 @@ def once(
         length=length,
         buckets=buckets,
         mismatched=mismatched,
-        pad_id=pad_id,
+        pack=pack,
         shuffle=False,
     )
-    for start in range(0, len(examples), batch_size):
-        yield loader._build(range(start, min(start + batch_size, len(examples))), rows, batch_size)
+    for start in range(0, len(loader.rows), batch_size):
+        yield loader._build(range(start, min(start + batch_size, len(loader.rows))), rows, batch_size)
 
 
-def _order(examples: Sequence[Example], seed: int, weights: Sequence[float], shuffle: bool) -> grain.MapDataset[int]:
-    """Endless map from a global position to a place in `examples`."""
-    groups: dict[int, list[int]] = {}
+def _totals(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each completion with its prompt, int [examples, K], 0 where an example has fewer than K."""
+    totals = np.zeros((len(examples), max(len(e.completions) for e in examples)), np.int64)
     for place, example in enumerate(examples):
-        groups.setdefault(example.source if weights else 0, []).append(place)
+        totals[place, : len(example.completions)] = [len(c) for c in example.completions]
+    return totals
+
+
+def _order(sources: Sequence[int], seed: int, weights: Sequence[float], shuffle: bool) -> grain.MapDataset[int]:
+    """Endless map from a global position to the number of a row, given each row's source."""
+    groups: dict[int, list[int]] = {}
+    for place, source in enumerate(sources):
+        groups.setdefault(source, []).append(place)
     missing = [number for number in range(len(weights)) if number not in groups]
     if missing:
         raise UserError(f"path number {missing[0] + 1} of --config.data.path has a weight but no usable row")
@@ -252,17 +330,20 @@ class _Epochs:
         return np.random.RandomState((*self._seed, epoch % 2**32)).permutation(self._places)
 
 
-def _stack(rows: Sequence[tuple[Tokens, ...] | None], k: int, t: int, pad_id: int) -> Batch:
-    """Left-aligned arrays [rows, K, T]; None is a padding row."""
+def _stack(rows: Sequence[Sequence[tuple[Tokens, ...]]], most: int, k: int, t: int) -> Batch:
+    """Left-aligned arrays [rows, K, T]: the completions of at most `most` examples a row, lane by lane."""
     shape = (len(rows), k, t)
-    tokens = np.full(shape, pad_id, np.int32)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     mask = np.zeros(shape, np.bool_)
-    segments = np.zeros(shape, np.int32)
-    for b, completions in enumerate(rows):
-        for j, completion in enumerate(completions or ()):
-            n = len(completion)
-            tokens[b, j, :n] = completion.ids
-            mask[b, j, :n] = completion.mask
-            segments[b, j, :n] = 1
-    positions = np.arange(t, dtype=np.int32) * segments
+    for b, examples in enumerate(rows):
+        assert len(examples) <= most
+        ends = [0] * k
+        for number, completions in enumerate(examples, start=1):
+            for lane, completion in enumerate(completions):
+                here = slice(ends[lane], ends[lane] + len(completion))
+                tokens[b, lane, here] = completion.ids
+                mask[b, lane, here] = completion.mask
+                segments[b, lane, here] = number
+                positions[b, lane, here] = np.arange(len(completion))
+                ends[lane] = here.stop
     return {"tokens": tokens, "mask": mask, "segments": segments, "positions": positions}

@@ -28,6 +28,22 @@ class Pair(NamedTuple):
         return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
 
 
+class PolicyPair(NamedTuple):
+    """A pair without a reference: log-probabilities of whole completions, nats, and lengths, float32 [B] each."""
+
+    chosen: Array
+    rejected: Array
+    chosen_len: Array
+    rejected_len: Array
+
+
+class MeanPair(NamedTuple):
+    """A pair without a reference: mean log-probabilities of completion tokens, nats, float32 [B] each."""
+
+    chosen: Array
+    rejected: Array
+
+
 def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
     """-(1 - e) log sig(beta D) - e log sig(-beta D), [B], e the chance that a label is flipped.
 
@@ -65,4 +81,49 @@ def hinge(pair: Pair, *, beta: float = 0.1) -> Array:
     return jax.nn.relu(1 - beta * pair.margin)
 
 
-PREFERENCE = {"dpo": dpo, "ipo": ipo, "hinge": hinge}
+def orpo(pair: MeanPair, *, beta: float = 0.1) -> Array:
+    """NLL(chosen) - beta log sig(log odds(chosen) - log odds(rejected)), [B]; no reference.
+
+    With p = exp of a completion's mean token log-probability: odds = p / (1 - p), and the NLL is -log p of the
+    chosen one, so each row has a denominator of its own, its tokens. The paper's lambda is beta here.
+    References: Hong et al. 2024, arXiv:2403.07691, Eq. 6 and 7.
+    """
+    chex.assert_rank(list(pair), 1)
+    # A mean log-probability that rounds to 0 has infinite odds; the largest number below 0 stands for it.
+    chosen, rejected = (jnp.minimum(mean, -jnp.finfo(mean.dtype).tiny) for mean in pair)
+    odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return -pair.chosen - beta * jax.nn.log_sigmoid(odds)
+
+
+def _log1mexp(x: Array) -> Array:
+    """log(1 - exp(x)) for x < 0, without cancellation near 0 nor far from it (Mächler 2012)."""
+    near = x > -0.6931472
+    # The branch that isn't taken gets a number for which it is finite: its gradient would be NaN otherwise.
+    return jnp.where(
+        near, jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
+    )
+
+
+def simpo(pair: MeanPair, *, beta: float = 2.0, margin: float = 1.0) -> Array:
+    """-log sig(beta (mean log pi(chosen) - mean log pi(rejected)) - margin), [B]; no reference.
+
+    The paper's gamma is the margin here; it advises margin / beta of about 0.5.
+    References: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+    """
+    chex.assert_rank(list(pair), 1)
+    return -jax.nn.log_sigmoid(beta * (pair.chosen - pair.rejected) - margin)
+
+
+def cpo(pair: PolicyPair, *, beta: float = 0.1, alpha: float = 1.0, label_smoothing: float = 0.0) -> Array:
+    """-(1 - e) log sig(beta m) - e log sig(-beta m) + alpha NLL(chosen), [B]; no reference.
+
+    m = log pi(chosen) - log pi(rejected), of whole completions; the NLL is the mean over the chosen one's tokens.
+    References: Xu et al. 2024, arXiv:2401.08417, Eq. 3 to 5.
+    """
+    chex.assert_rank(list(pair), 1)
+    logit = beta * (pair.chosen - pair.rejected)
+    prefers = -(1 - label_smoothing) * jax.nn.log_sigmoid(logit) - label_smoothing * jax.nn.log_sigmoid(-logit)
+    return prefers - alpha * pair.chosen / pair.chosen_len
+
+
+PREFERENCE = {"dpo": dpo, "ipo": ipo, "hinge": hinge, "orpo": orpo, "simpo": simpo, "cpo": cpo}

@@ -1,7 +1,8 @@
 """The device mesh and where everything lies on it.
 
-There is no single-device path: a laptop is a mesh of 1 x 1 x 1. Rows are split over data and fsdp, weights
-over fsdp and tensor by the rules below, optimiser moments like the weights they belong to.
+There is no single-device path: a laptop is a mesh of 1 x 1 x 1 x 1. Rows are split over data, fsdp and expert,
+weights over fsdp and tensor, and experts over expert too, by the rules below; optimiser moments like the weights
+they belong to.
 """
 
 import dataclasses
@@ -22,15 +23,26 @@ Batch = dict[str, Any]  # arrays whose first axis is the row, maybe nested one l
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding|head", P("tensor", "fsdp")),
-    (r"layers/(query|key|value)/kernel", P(None, "fsdp", "tensor", None)),
+    (r"layers/(query|key|value)/kernel(/values|/scales)?", P(None, "fsdp", "tensor", None)),
     (r"layers/(query|key|value)/bias", P(None, "tensor", None)),
-    (r"layers/out/kernel", P(None, "tensor", None, "fsdp")),
-    (r"layers/(gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/out/kernel(/values|/scales)?", P(None, "tensor", None, "fsdp")),
+    (r"layers/(gate|up)/kernel(/values|/scales)?", P(None, "fsdp", "tensor")),
     (r"layers/(gate|up)/bias", P(None, "tensor")),
-    (r"layers/down/kernel", P(None, "tensor", "fsdp")),
+    (r"layers/down/kernel(/values|/scales)?", P(None, "tensor", "fsdp")),
     (r"layers/(out|down)/bias", P(None, None)),
-    (r"layers/(attention|mlp)_norm", P(None, None)),
-    (r"final_norm", P(None)),
+    (r"layers/experts/router/kernel", P(None, "fsdp", None)),
+    (r"layers/experts/(gate|up)/kernel", P(None, "expert", "fsdp", "tensor")),
+    (r"layers/experts/down/kernel", P(None, "expert", "tensor", "fsdp")),
+    # An adapter's factors are cut as the kernel is, and whole along the rank.
+    (r"layers/(query|key|value|gate|up)/lora_a", P(None, "fsdp", None)),
+    (r"layers/out/lora_a", P(None, "tensor", None, None)),
+    (r"layers/down/lora_a", P(None, "tensor", None)),
+    (r"layers/(query|key|value)/lora_b", P(None, None, "tensor", None)),
+    (r"layers/(gate|up)/lora_b", P(None, None, "tensor")),
+    (r"layers/(out|down)/lora_b", P(None, None, "fsdp")),
+    (r"layers/\w+_norm(_bias)?", P(None, None)),
+    (r"final_norm(_bias)?", P(None)),
+    (r"positions/embedding", P(None, "fsdp")),
 )
 
 
@@ -41,15 +53,20 @@ class MeshShape:
     data: Annotated[int, "copies of the model, each with its own rows; -1: all devices that are left"] = -1
     fsdp: Annotated[int, "pieces of each weight that also have their own rows"] = 1
     tensor: Annotated[int, "pieces of each weight that share rows"] = 1
+    expert: Annotated[int, "groups of a mixture's experts, each also with its own rows"] = 1
+
+
+# Neighbours in the mesh are neighbours on the machine: what talks most comes last.
+ORDER = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over the first devices.
+    """A mesh with the axes data, fsdp, expert, tensor over the first devices.
 
     Errors: UserError if the devices are too few or an axis is neither positive nor the one -1.
     """
     devices = list(jax.devices()) if devices is None else devices
-    sizes = dataclasses.asdict(shape)
+    sizes = {name: getattr(shape, name) for name in ORDER}
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {sizes} is not allowed: sizes are 1 or more and at most one axis is -1.")
@@ -59,10 +76,10 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     total = math.prod(sizes.values())
     if total > len(devices) or (jax.process_count() > 1 and total != len(devices)):
         raise UserError(
-            f"mesh {'x'.join(map(str, sizes.values()))} (data x fsdp x tensor) wants {total} devices, "
-            f"but there are {len(devices)}; change --config.mesh.data, .fsdp or .tensor."
+            f"mesh {'x'.join(map(str, sizes.values()))} ({' x '.join(ORDER)}) wants {total} devices, "
+            f"but there are {len(devices)}; change --config.mesh.data, .fsdp, .expert or .tensor."
         )
-    types = (AxisType.Auto,) * 3
+    types = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices[:total])
 
 
@@ -95,17 +112,37 @@ def param_sharding(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
     return NamedSharding(mesh, rule("/".join(path)))
 
 
+def _leaf_spec(mesh: Mesh, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """The partition of a leaf; parts of a quantised kernel are smaller and not cut where the mesh doesn't divide."""
+    spec = rule(path)
+    if not path.endswith(("/values", "/scales")):
+        return spec
+    divides = lambda size, axis: axis is None or size % mesh.shape[axis] == 0
+    return P(*(axis if divides(size, axis) else None for size, axis in zip(shape, spec, strict=True)))
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """Where each leaf of a tree of parameters, given as arrays or shapes, lies."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: NamedSharding(mesh, _leaf_spec(mesh, path_of(keys), leaf.shape)), params
+    )
+
+
 def for_decoding(params: Any, model: Model) -> Any:
     """A copy of the parameters as sampling reads them: in the compute dtype, whole along fsdp.
 
-    Decoding reads every weight for every token; cut along fsdp they would be gathered as often.
+    Decoding reads every weight for every token; cut along fsdp they would be gathered as often. Quantised
+    kernels stay as they are.
     """
 
     def place(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(model.numerics.compute_dtype)
-        spec = P(*(None if axis == "fsdp" else axis for axis in rule(path_of(keys))))
-        mesh = model.layout.mesh
-        return leaf if mesh is None else jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+        path, mesh = path_of(keys), model.layout.mesh
+        if not path.endswith(("/values", "/scales")):
+            leaf = leaf.astype(model.numerics.compute_dtype)
+        if mesh is None:
+            return leaf
+        spec = P(*(None if axis == "fsdp" else axis for axis in _leaf_spec(mesh, path, leaf.shape)))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, params)
 
@@ -113,25 +150,26 @@ def for_decoding(params: Any, model: Model) -> Any:
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Shardings of a whole train state, given as arrays or shapes.
 
-    A parameter goes by `RULES`; a leaf elsewhere whose path ends in a parameter's and that has its shape (an
-    optimiser's moment, a moving reference) goes with it; scalars and the small leftovers of factored moments
-    are on every device. Errors: KeyError naming a parameter that no rule matches.
+    A parameter, frozen or not, goes by `RULES`; a leaf elsewhere whose path ends in a parameter's and that has its
+    shape (an optimiser's moment, a moving reference) goes with it; scalars and the small leftovers of factored
+    moments are on every device. Errors: KeyError naming a parameter that no rule matches.
     """
-    params = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    trees = (jax.tree_util.tree_leaves_with_path(tree) for tree in (state.params, state.frozen))
+    params = {path_of(keys): leaf for tree in trees for keys, leaf in tree}
 
     def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
         parts = path_of(keys).split("/")
         for start in range(len(parts)):
             suffix = "/".join(parts[start:])
             if suffix in params and params[suffix].shape == leaf.shape:
-                return NamedSharding(mesh, rule(suffix))
+                return NamedSharding(mesh, _leaf_spec(mesh, suffix, leaf.shape))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lies: its first axis over data and fsdp."""
+    """Where a batch lies: its first axis over data, fsdp and expert."""
     return NamedSharding(mesh, P(AXES["rows"]))
 
 

@@ -10,7 +10,7 @@ from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, SCHEDULES, decayed, make_schedule
 from rlhf_jax.algorithms.step import Optimizer, make_state, make_step
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses.preference import dpo
+from rlhf_jax.losses.preference import Pair, dpo
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape
 from tests import problem
@@ -35,7 +35,8 @@ def test_the_rules_are_total_and_an_unknown_parameter_is_named():
 @pytest.mark.parametrize("shape", [(-1, 2, 2), (2, -1, 2), (1, 1, 1)])
 def test_a_mesh_fills_its_free_axis(shape):
     mesh = sharding.make_mesh(MeshShape(*shape))
-    assert tuple(mesh.shape.values()) == tuple(2 if size == -1 else size for size in shape)
+    sizes = dict(zip(("data", "fsdp", "tensor"), (2 if size == -1 else size for size in shape), strict=True))
+    assert mesh.shape == sizes | {"expert": 1}
 
 
 @pytest.mark.parametrize("shape", [(-1, -1, 1), (0, 1, 1), (16, 1, 1), (1, 3, 3)])
@@ -60,7 +61,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 def test_every_optimiser_learns_on_a_mesh_in_one_compile(name):
     mesh = sharding.make_mesh(MeshShape(2, 2, 2))
     optimizer = Optimizer(OPTIMIZERS[name], make_schedule("linear", 20, 0, 0.2))
-    objective = preference.make_objective(problem.make_model(mesh), dpo, "pair", {})
+    objective = preference.make_objective(problem.make_model(mesh), dpo, Pair, {})
     numbers = {"learning_rate": RATES[name], "clip_norm": 1.0, **NUMBERS[name]}
     params = problem.initial()
     state = make_state(params, {"loss": {"beta": 0.1}, "optimizer": numbers}, optimizer, jax.random.PRNGKey(0))

@@ -14,7 +14,8 @@ from jax import Array
 
 from rlhf_jax.ops.layout import Layout
 
-Stat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq"]
+HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq"]
+Stat = HeadStat | Literal["balance"]  # of the layers, not of the head: `token_logprobs` can't give it
 
 
 class Head(NamedTuple):
@@ -32,10 +33,11 @@ class TokenStats(NamedTuple):
     entropy: Array = None  # pyright: ignore[reportAssignmentType] of softmax(z), nats
     logsumexp: Array = None  # pyright: ignore[reportAssignmentType] of z
     log_sum_sq: Array = None  # pyright: ignore[reportAssignmentType] log sum_v softmax(z)_v^2
+    balance: Array = None  # pyright: ignore[reportAssignmentType] of the experts, over all tokens but padding
 
 
 class _Static(NamedTuple):
-    want: tuple[Stat, ...]
+    want: tuple[HeadStat, ...]
     positions: int  # of each row in one chunk
     soft_cap: float | None
     layout: Layout
@@ -49,7 +51,7 @@ def token_logprobs(
     *,
     temperature: float | Array = 1.0,
     soft_cap: float | None = None,
-    want: tuple[Stat, ...] = ("logprobs",),
+    want: tuple[HeadStat, ...] = ("logprobs",),
     chunk: int = 1024,
     layout: Layout = Layout(),
 ) -> TokenStats:
@@ -69,7 +71,7 @@ def token_logprobs(
         whatever `hidden` holds (NaN included).
       temperature: > 0, divides the logits.
       chunk: tokens of one data shard whose logits are alive at a time, >= 1.
-      layout: the mesh; rows are split over data and fsdp, the vocabulary over tensor.
+      layout: the mesh; rows are split over data, fsdp and expert, the vocabulary over tensor.
     Returns: a TokenStats whose fields named in `want` are float32 [B, T].
     """
     chex.assert_rank([hidden, targets, mask, head.kernel], [3, 2, 2, 2])

@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from rlhf_jax import fields, metrics, registry, sharding
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
-from rlhf_jax.algorithms.step import Batch, Objective, Optimizer
+from rlhf_jax.algorithms.step import Batch, Objective, Optimizer, Reads
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.loader import Loader, once
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import LOSSES
-from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models import checkpoint, lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 
@@ -32,28 +32,33 @@ class Built(NamedTuple):
     workdir: epath.Path
     mesh: Mesh
     model: Model
-    folder: epath.Path  # of the initial checkpoint
+    start: start.Start  # the folders of the initial checkpoint
     tokenizer: Any
     data: dataset.Dataset
     held_out: tuple[dataset.Example, ...]
     loader: Loader
-    reads: str  # what a row is
+    takes: type  # what the loss takes
     objective: Objective
     optimizer: Optimizer
     hyper: dict[str, Any]
     steps: int
+
+    @property
+    def reads(self) -> Reads:
+        """What a row is, and whether a reference is asked."""
+        return ALGORITHMS[self.config.algorithm].READS[self.takes]
 
     def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool) -> Iterator[Batch]:
         """Every example once, in batches of the training size, this process's rows."""
         size = self.config.train.batch_size
         return once(
             examples, batch_size=size, length=self.loader.length, buckets=self.config.data.buckets,
-            mismatched=mismatched, rows=sharding.local_rows(self.mesh, size),
+            mismatched=mismatched, pack=self.config.data.pack, rows=sharding.local_rows(self.mesh, size),
         )  # fmt: skip
 
 
-def _loss(config: Config) -> tuple[Callable, str, dict[str, Any], dict[str, Any]]:
-    """The loss, what it reads, its numbers and its other arguments."""
+def _loss(config: Config) -> tuple[Callable, type, dict[str, Any], dict[str, Any]]:
+    """The loss, what it takes, its numbers and its other arguments."""
     algorithm = ALGORITHMS[config.algorithm]
     loss = registry.resolve(LOSSES, config.loss.name, "loss")
     first = next(iter(inspect.signature(loss).parameters), "")
@@ -71,7 +76,7 @@ def _loss(config: Config) -> tuple[Callable, str, dict[str, Any], dict[str, Any]
     options = {name: v for name, v in values.items() if name not in numbers}
     if config.algorithm == "preference" and "beta" not in numbers:
         raise UserError(f"the preference loss {config.loss.name!r} must take beta: the rewards are scaled by it.")
-    return loss, algorithm.READS[columns], numbers, options
+    return loss, typing.cast(type, columns), numbers, options
 
 
 def _optimizer(config: Config) -> tuple[Callable[[int], Optimizer], dict[str, float]]:
@@ -100,7 +105,7 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda x: x >= 0,
         (
             "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "evaluate.patience",
-            "data.threads", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
+            "data.threads", "train.balance", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
         ),
     ),
     "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
@@ -144,8 +149,27 @@ def _check_batch(config: Config, shards: int) -> None:
     if train.batch_size % (shards * train.microbatches):
         raise UserError(
             f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "
-            f"{shards} row shards (mesh data x fsdp); make it a multiple of {shards * train.microbatches}."
+            f"{shards} row shards (mesh data x fsdp x expert); make it a multiple of {shards * train.microbatches}."
         )
+
+
+def _balance(config: Config, model: Model) -> dict[str, float]:
+    """The weight of the experts' load-balancing term, as a hyper-parameter; none for a model without experts."""
+    wanted, experts = config.train.balance, model.shape.experts
+    if experts is not None:
+        return {"balance": experts.balance if wanted is None else wanted}
+    if wanted is not None:
+        raise UserError(
+            f"--config.train.balance={wanted} is of mixtures of experts and this model has none; drop the flag."
+        )
+    return {}
+
+
+def tokenizer_folder(found: start.Start, other: str | None = None) -> epath.Path:
+    """Where the tokenizer is: in `other` if given, else with the adapter if it has one of its own, or the model."""
+    if other:
+        return checkpoint.folder(other, "--config.model.tokenizer")
+    return found.with_file("tokenizer.json", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: epath.Path) -> Any:
@@ -171,28 +195,35 @@ def build(config: Config, workdir: epath.Path) -> Built:
     _check_values(config)
     _check_patience(config)
     metrics.check(config.log)
-    loss, reads, numbers, options = _loss(config)
+    loss, takes, numbers, options = _loss(config)
+    form = ALGORITHMS[config.algorithm].READS[takes].form
     make_optimizer, rates = _optimizer(config)
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
     mesh = sharding.make_mesh(config.mesh)
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
-    _check_batch(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    folder = hf.folder(config.model.path)
-    model = hf.describe(folder, config.model.numerics(), Layout(mesh))
+    _check_batch(config, Layout(mesh).shards)
+    found = start.find(config.model.path)
+    plain = start.describe(found, config.model.numerics(), Layout(mesh))
     if config.model.init == "checkpoint":
-        hf.check(folder, model)
+        start.check(found, plain)
+    model = lora.attach(config.lora, plain)
+    if model.adapter is not None and config.model.init == "random":
+        raise UserError(
+            "--config.lora.rank adapts the weights of a checkpoint, and --config.model.init=random has none; drop one."
+        )
     sharding.check_divides(model, mesh)
     length = model.shape.length if config.data.length is None else config.data.length
     if length > model.shape.length:
         raise UserError(
             f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
         )
-    other = config.model.tokenizer
-    tokenizer = load_tokenizer(hf.folder(other, "--config.model.tokenizer") if other else folder)
-    encoder = Encoder(tokenizer, config.data.chat_template)
-    data = dataset.load(config.data, encoder, typing.cast(Any, reads), length, config.seed)
+    tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
+    encoder = Encoder(
+        tokenizer, config.data.chat_template, train_on=config.data.train_on, special=config.data.special
+    )
+    data = dataset.load(config.data, encoder, typing.cast(Any, form), length, config.seed)
     largest = max(int(c.ids.max()) for e in (*data.train, *data.evaluation) for c in e.completions)
     if largest >= model.shape.vocab:
         raise UserError(
@@ -205,22 +236,22 @@ def build(config: Config, workdir: epath.Path) -> Built:
             "--config.evaluate.patience needs held-out rows and there are none; give --config.data.eval_path, or raise "
             "--config.data.eval_share or --config.evaluate.rows."
         )
-    train = dataset.unpaired(data.train) if reads == "labelled" else data.train
+    train = dataset.unpaired(data.train) if form == "labelled" else data.train
     # Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
     if len({len(example.completions) for example in held_out}) > 1:
         held_out = dataset.unpaired(held_out)
-    if reads == "labelled" and len({example.prompt for example in held_out}) == 1:
+    if form == "labelled" and len({example.prompt for example in held_out}) == 1:
         raise UserError(
             "the held-out rows have one prompt, but this loss puts each answer behind another's prompt; "
             "raise --config.data.eval_share or give --config.data.eval_path."
         )
     loader = Loader(
         train, batch_size=config.train.batch_size, seed=config.seed, length=length,
-        buckets=config.data.buckets, weights=config.data.weights, mismatched=reads == "labelled",
+        buckets=config.data.buckets, weights=config.data.weights, mismatched=form == "labelled", pack=config.data.pack,
     )  # fmt: skip
-    steps = config.train.steps or -(-len(train) // config.train.batch_size)
-    objective = ALGORITHMS[config.algorithm].make_objective(model, loss, reads, options)
+    steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
+    objective = ALGORITHMS[config.algorithm].make_objective(model, loss, takes, options)
     return Built(
-        config, workdir, mesh, model, folder, tokenizer, data, held_out, loader, reads, objective,
-        make_optimizer(steps), {"loss": numbers, "optimizer": rates}, steps,
+        config, workdir, mesh, model, found, tokenizer, data, held_out, loader, takes, objective,
+        make_optimizer(steps), {"loss": numbers, "optimizer": rates, **_balance(config, model)}, steps,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from rlhf_jax.data.config import Data
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models.decoder import Numerics
+from rlhf_jax.models.linear import Lora
 from rlhf_jax.registry import generated
 from rlhf_jax.sharding import MeshShape
 
@@ -55,6 +56,9 @@ class Train:
     batch_size: Annotated[int, "rows of an update: pairs, labelled answers or demonstrations"] = 8
     microbatches: Annotated[int, "pieces that an update's rows are differentiated in, to save memory"] = 1
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "of gradients summed over microbatches"] = "float32"
+    balance: Annotated[
+        float | None, "weight of the term that spreads tokens over a mixture's experts; none: that of its config.json"
+    ] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Config:
     algorithm: Annotated[Literal["sft", "preference"], "what learns"] = "preference"
     cache: Annotated[str, "folder of reference columns that runs share"] = "~/.cache/rlhf_jax"
     model: ModelConfig = ModelConfig()
+    lora: Lora = Lora()
     data: Data = Data()
     loss: Loss = Loss()  # pyright: ignore[reportInvalidTypeForm]
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]

@@ -4,10 +4,11 @@
 before anything is compiled.
 """
 
+import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +17,15 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import fields, sharding
-from rlhf_jax.algorithms import ALGORITHMS, preference
-from rlhf_jax.algorithms.step import INIT, Batch, TrainState, make_state, make_step
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.step import Batch, TrainState, make_state, make_step
 from rlhf_jax.build import Built, build
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import Config
-from rlhf_jax.data import dataset
-from rlhf_jax.data.columns import Columns
 from rlhf_jax.errors import UserError
+from rlhf_jax.initial import base_params, new_adapter, reference_tables, state_shapes
 from rlhf_jax.metrics import Log, wilson
-from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.workdir import evaluations, last_line, open_workdir
+from rlhf_jax.workdir import check_base, evaluations, last_line, open_workdir
 
 
 def use_compile_cache() -> None:
@@ -41,77 +40,6 @@ class Result(NamedTuple):
     state: TrainState | None  # None if the run was finished already
     metrics: dict[str, float]
     evaluation: dict[str, float]
-
-
-# ---- parameters and the state
-
-
-def initial_params(built: Built) -> Any:
-    """The parameters that training starts from, each leaf made or read where it lies on the mesh."""
-    shapes = built.model.shapes()
-    places = jax.tree_util.tree_map_with_path(
-        lambda keys, _: NamedSharding(built.mesh, sharding.rule(sharding.path_of(keys))), shapes
-    )
-    if built.config.model.init == "random":
-        key = jax.random.fold_in(jax.random.key(built.config.seed), INIT)
-        return jax.jit(built.model.init, out_shardings=places)(key)
-    return hf.load(built.folder, built.model, lambda path, _: sharding.param_sharding(built.mesh, path))
-
-
-def state_shapes(built: Built) -> TrainState:
-    """The state's shapes, each with its sharding."""
-    params = built.model.shapes()
-    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    shapes = jax.eval_shape(lambda p, k: make_state(p, built.hyper, built.optimizer, k), params, key)
-    places = sharding.state_shardings(shapes, built.mesh)
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    return jax.tree.map(place, shapes, places)
-
-
-# ---- the fixed reference
-
-
-def _reference_identity(built: Built) -> str:
-    """Names the initial model and how it is computed."""
-    model = built.config.model
-    start = hf.identity(built.folder)
-    if model.init == "random":
-        start += f"-random{built.config.seed}"
-    return f"{start}-{model.param_dtype}-{model.compute_dtype}"
-
-
-def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's log-probabilities of the training rows from batch `first` on, and of the held-out rows.
-
-    What an earlier run on the same reference and rows has left in the cache is not computed again.
-
-    Args:
-      params: gives the reference's parameters; called only if something is missing.
-    Returns: tables by example index, see `Columns.table`.
-    """
-    loader = built.loader
-    span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
-    visited = [loader.examples[place] for place in sorted({loader.order(p) for p in span})]
-    columns = Columns(os.path.expanduser(built.config.cache), _reference_identity(built))
-    everywhere = NamedSharding(built.mesh, PartitionSpec())
-    run = jax.jit(preference.make_reference_pass(built.model), out_shardings=everywhere)
-
-    def compute(examples: Sequence[dataset.Example]) -> np.ndarray:
-        print(f"reference: computing {len(examples)} rows", flush=True)
-        fixed = params()
-        order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].completions)))
-        rows = built.rows_once([examples[i] for i in order], mismatched=False)
-        out = [sharding.fetch(run(fixed, sharding.place_rows(part, built.mesh))) for part in rows]
-        values = np.empty((len(examples), out[0].shape[1]), np.float32)
-        values[order] = np.concatenate(out)[: len(order)]
-        return values
-
-    for part in (visited, built.held_out):
-        columns.fill(part, compute, write=jax.process_index() == 0)
-    return columns.table(visited), columns.table(built.held_out)
-
-
-# ---- training
 
 
 def train(config: Config, workdir: str, resume: bool = False) -> Result:
@@ -141,6 +69,8 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
         part.write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
         part.replace(place / "config.json")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
+    if built.model.adapter is not None:
+        check_base(place, built.start, write=jax.process_index() == 0)
     announce(built)
     return Run(built, step).train()
 
@@ -158,8 +88,10 @@ def announce(built: Built) -> None:
     shown = ", ".join(f"{count} batches of {length} tokens" for length, count in buckets.items())
     print(f"buckets: {shown}; one compile each")
     shape = "x".join(str(size) for size in built.mesh.shape.values())
-    print(f"mesh: {shape} (data x fsdp x tensor) of {built.mesh.devices.flat[0].device_kind}")
-    first = built.loader.examples[built.loader.order(0)]
+    print(f"mesh: {shape} ({' x '.join(built.mesh.shape)}) of {built.mesh.devices.flat[0].device_kind}")
+    if built.loader.packed:
+        print(f"packed: {built.loader.describe()}")
+    first = built.loader.examples[built.loader.rows[built.loader.order(0)][0]]
     for number, tokens in enumerate(first.completions):
         trained = built.tokenizer.decode(tokens.ids[tokens.start :])
         print(
@@ -220,40 +152,60 @@ class Run:
                     f"the rows of {', '.join(config.data.path)} are not those that {built.workdir} was started with; "
                     "put them back or give another --workdir."
                 )
-        self._prepare_reference(step)
+        self._prepare_reference()
+        algorithm = ALGORITHMS[config.algorithm]
+        self.prepare = algorithm.make_prepare(built.model, built.takes, self.reference)
+        self.frozen = None if built.model.adapter is None else self._base()
         if step is None:
             make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)
-            start = jax.jit(make, out_shardings=places, donate_argnums=0)
-            state = start(self._initial(), jax.random.PRNGKey(config.seed))
+            new = jax.jit(make, out_shardings=places, donate_argnums=0)
+            trained = self._base() if built.model.adapter is None else new_adapter(built)
+            state = new(trained, jax.random.PRNGKey(config.seed))
         self._params = None
         self.state: TrainState = state
-        algorithm = ALGORITHMS[config.algorithm]
-        self.prepare = algorithm.make_prepare(built.model, built.reads, self.reference)
-        everywhere = NamedSharding(built.mesh, PartitionSpec())
-        self.step = jax.jit(
-            make_step(
-                built.objective, built.optimizer, microbatches=config.train.microbatches,
-                reduce_dtype=config.train.reduce_dtype, layout=built.model.layout,
-            ),
-            in_shardings=(places, rows), out_shardings=(places, everywhere), donate_argnums=0,
-        )  # fmt: skip
-        self.sums = jax.jit(built.objective, out_shardings=everywhere)
+        self._compile(places, rows)
         self.log = Log(
             built.workdir, config.log, start=step or 0, steps=built.steps, resolved=fields.to_dict(config),
             main=jax.process_index() == 0,
         )  # fmt: skip
 
-    def _initial(self) -> Any:
-        self._params = initial_params(self.built) if self._params is None else self._params
+    def _compile(self, places: TrainState, rows: NamedSharding) -> None:
+        """The jitted step and the objective's sums; both compile when they are first called."""
+        built, config = self.built, self.built.config
+        everywhere = NamedSharding(built.mesh, PartitionSpec())
+        one_step = make_step(
+            built.objective, built.optimizer, microbatches=config.train.microbatches,
+            reduce_dtype=config.train.reduce_dtype, layout=built.model.layout,
+        )  # fmt: skip
+
+        def advance(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
+            state, metrics = one_step(dataclasses.replace(state, frozen=frozen), batch)
+            return dataclasses.replace(state, frozen=None), metrics
+
+        # What is frozen is an argument of its own: the state's buffers are donated and these are not.
+        still = jax.tree.map(lambda x: x.sharding, self.frozen)
+        self.step = jax.jit(
+            advance, in_shardings=(places, still, rows), out_shardings=(places, everywhere), donate_argnums=0
+        )
+        self.sums = jax.jit(built.objective, out_shardings=everywhere)
+
+    def _base(self) -> Any:
+        """The weights that training starts from; read once, and not at all where nothing needs them."""
+        self._params = base_params(self.built) if self._params is None else self._params
         return self._params
 
-    def _prepare_reference(self, step: int | None) -> None:
+    def _prepare_reference(self) -> None:
         """What the objective needs of the reference: columns, and for single answers its live parameters."""
         self._params, self.reference, self.tables = None, None, None
-        if self.built.config.algorithm == "preference":
-            self.tables = reference_tables(self.built, self._initial, self.position)
-        if self.built.reads == "labelled":
-            self.reference = initial_params(self.built)  # its own buffers: those of the state are donated
+        if self.built.reads.reference:
+            self.tables = reference_tables(self.built, self._base, self.position)
+        if self.built.reads.form == "labelled" and self.built.model.adapter is None:
+            self.reference = self.built.model, base_params(self.built)  # the state's own buffers are donated
+
+    @property
+    def whole_state(self) -> TrainState:
+        """The state with what is frozen."""
+        return dataclasses.replace(self.state, frozen=self.frozen)
 
     def _place(self, rows: Batch, held_out: bool = False) -> Batch:
         if self.tables is not None:
@@ -286,9 +238,9 @@ class Run:
             batch = next(queue, None)
             if batch is None:
                 number, rows = next(feed)
-                self.position, queue = number + 1, self.prepare(self.state, rows)
+                self.position, queue = number + 1, self.prepare(self.whole_state, rows)
                 continue
-            self.state, metrics = self.step(self.state, batch)
+            self.state, metrics = self.step(self.state, self.frozen, batch)
             if last is not None:  # the device is busy with this step while the one before is written down
                 row = self._write(step - 1, last)
             step, last = step + 1, metrics
@@ -328,9 +280,9 @@ class Run:
             return
         key = jax.random.PRNGKey(self.built.config.seed)
         terms, means = [], []
-        for rows in self.built.rows_once(self.built.held_out, mismatched=self.built.reads == "labelled"):
-            for batch in self.prepare(self.state, self._place(rows, held_out=True)):
-                sums = self.sums(self.state.params, self.state.frozen, self.state.hyper, batch, key)
+        for rows in self.built.rows_once(self.built.held_out, mismatched=self.built.reads.form == "labelled"):
+            for batch in self.prepare(self.whole_state, self._place(rows, held_out=True)):
+                sums = self.sums(self.state.params, self.frozen, self.state.hyper, batch, key)
                 term, mean = jax.device_get(sums)
                 terms.append(term)
                 means.append(mean)

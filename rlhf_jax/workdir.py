@@ -4,17 +4,17 @@ import contextlib
 import json
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 from etils import epath
 
 from rlhf_jax import fields, sharding
-from rlhf_jax.build import load_tokenizer
+from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.checkpoint import is_sealed, latest, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 
@@ -26,7 +26,7 @@ def open_workdir(workdir: epath.Path, config: Config, resume: bool) -> int | Non
     resumption under a config that makes it another experiment.
     """
     check_writable(workdir, "workdir", "--workdir")
-    if config.algorithm == "preference":  # it keeps reference columns there
+    if config.algorithm == "preference":  # most of its losses keep reference columns there
         check_writable(epath.Path(os.path.expanduser(config.cache)), "cache", "--config.cache")
     if not (workdir / "config.json").exists():
         return None
@@ -115,8 +115,18 @@ class Policy(NamedTuple):
     end_ids: tuple[int, ...] = ()  # tokens that its generation_config.json ends at
 
 
-def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
-    """The model that a run holds, from its newest checkpoint or that of `step`; optimiser state is not read.
+class Held(NamedTuple):
+    """What a run's checkpoint holds: all weights, or those of an adapter."""
+
+    config: Config
+    found: start.Start  # what the run started from
+    model: Model
+    params: Any
+    step: int
+
+
+def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Held:
+    """What a run has trained, from its newest checkpoint or that of `step`; optimiser state is not read.
 
     Args:
       mesh: where to put it; None: the first device.
@@ -124,23 +134,49 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     """
     config = load_config(workdir)
     folder = workdir / "checkpoints"
-    found = latest(folder) if step is None else step
-    if found is None or not (folder / str(found)).exists():
+    at = latest(folder) if step is None else step
+    if at is None or not (folder / str(at)).exists():
         there = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
         wanted = "a whole checkpoint" if step is None else f"a checkpoint of step {step}"
         raise UserError(f"{str(workdir)!r} does not hold {wanted}; it holds those of steps {there or 'none'}.")
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
-    start = hf.folder(str(config.model.path))
-    model = hf.describe(start, config.model.numerics(), Layout(mesh))
-    shapes = model.shapes()
-    place = lambda keys, x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, sharding.rule(sharding.path_of(keys)))
-    )
-    params = restore_params(folder, found, jax.tree_util.tree_map_with_path(place, shapes))
-    tokenizer = load_tokenizer(hf.folder(config.model.tokenizer) if config.model.tokenizer else start)
+    found = start.find(str(config.model.path))
+    model = lora.attach(config.lora, start.describe(found, config.model.numerics(), Layout(mesh)))
+    shapes = model.shapes() if model.adapter is None else lora.split(model.shapes())[0]
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    like = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
+    return Held(config, found, model, restore_params(folder, at, like), at)
+
+
+def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
+    """The model that a run holds, as `load_trained`; an adapter is merged into the weights that it was trained on."""
+    config, found, model, params, step = load_trained(workdir, step, mesh)
+    if model.adapter is not None:
+        check_base(workdir, found)
+        place = lambda path, _: sharding.param_sharding(cast(Any, model.layout.mesh), path)
+        base = start.load(found, model.without_adapter(), place, config.lora.base)
+        model, params = model.without_adapter(), jax.jit(lambda a, b: lora.merge(model, a, b)[1])(params, base)
+    tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
     if config.data.chat_template is not None:
         tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
-    return Policy(model, params, tokenizer, found, _end_ids(start))
+    return Policy(model, params, tokenizer, step, _end_ids(found))
+
+
+def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> None:
+    """Holds a run of an adapter to the weights that it was started on, which its checkpoints don't hold.
+
+    Args:
+      write: note them if the folder has no note yet.
+    Errors: UserError if they are not those that are noted.
+    """
+    note, own = workdir / "base", start.identity(found)
+    if note.exists() and note.read_text() != own:
+        raise UserError(
+            f"the weights in {found.folder} are not those that {str(workdir)!r} was started on, and its adapter means "
+            "nothing without them; put them back or give another --workdir."
+        )
+    if write and not note.exists():
+        note.write_text(own)
 
 
 def open_policy(
@@ -169,23 +205,23 @@ def open_policy(
             f"{name!r} holds no run, so it has no checkpoint {wanted or step}; give {flag} the workdir of one, or "
             "leave the checkpoint away."
         )
-    folder = hf.folder(name, flag)
-    if not (folder / "config.json").exists():
+    found = start.find(name, flag)
+    if not (found.base / "config.json").exists():
         raise UserError(f"{name!r} holds neither a run nor a model (no config.json); give {flag} a folder of either.")
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
-    model = hf.describe(folder, layout=Layout(mesh))
-    if not any(folder.glob("*.safetensors")):
+    model = start.describe(found, layout=Layout(mesh))
+    if not any(found.base.glob("*.safetensors")):
         raise UserError(f"model folder {name!r} holds no *.safetensors weights; give {flag} a folder with them.")
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(tokenizer_folder(found))
     except UserError as error:
         reason = str(error.__cause__).split("\n")[0]
         raise UserError(
             f"model folder {name!r} holds no tokenizer that transformers can read ({reason}); give {flag} a folder "
             "with one."
         ) from error
-    params = hf.load(folder, model, lambda ours, _: sharding.param_sharding(mesh, ours))
-    return Policy(model, params, tokenizer, 0, _end_ids(folder))
+    params = start.load(found, model, lambda ours, _: sharding.param_sharding(mesh, ours))
+    return Policy(model, params, tokenizer, 0, _end_ids(found))
 
 
 def _has_config(path: str) -> bool:
@@ -204,9 +240,9 @@ def _is_run(file: epath.Path) -> bool:
     return isinstance(values, dict) and "algorithm" in values
 
 
-def _end_ids(folder: epath.Path) -> tuple[int, ...]:
-    """The tokens that a model folder's generation_config.json ends at; () if it doesn't say."""
-    file = folder / "generation_config.json"
+def _end_ids(found: start.Start) -> tuple[int, ...]:
+    """The tokens that a model's generation_config.json ends at; () if it doesn't say."""
+    file = found.with_file("generation_config.json") / "generation_config.json"
     try:
         values = json.loads(file.read_text()) if file.exists() else {}
     except ValueError:

@@ -107,6 +107,6 @@ def test_the_names_that_others_rely_on_are_there():
     assert paths >= {
         "seed", "model.path", "data.path", "data.format", "loss.name", "loss.beta", "train.steps", "train.microbatches",
         "train.batch_size", "optimizer.name", "optimizer.learning_rate", "checkpoint.every", "mesh.data", "mesh.fsdp",
-        "mesh.tensor",
+        "mesh.tensor", "mesh.expert",
     }  # fmt: skip
     assert {field.name for field in fields.declared(train.Train)} == {"config", "workdir", "resume"}

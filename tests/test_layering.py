@@ -17,7 +17,7 @@ PACKAGE = "rlhf_jax"
 FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
-    "checkpoint", "metrics", "report", "config", "build", "workdir", "run", "plan",
+    "checkpoint", "metrics", "report", "config", "build", "workdir", "initial", "run", "plan",
 )  # fmt: skip
 SHARED_BY_ALGORITHMS = ("step", "optimizers")
 # Other people's packages that a floor may import; the floors that aren't named may import any.
@@ -187,7 +187,7 @@ def test_no_package_goes_round_in_a_circle():
     known = {name for name, _ in modules(PACKAGE)}
     for name, tree in modules(PACKAGE):
         same = {other for other in imports(tree) if other in known and floor(other) == floor(name)}
-        graph[name] = same - {name, f"{PACKAGE}.{floor(name)}"}
+        graph[name] = same - {name, f"{PACKAGE}.{floor(name)}", name.rpartition(".")[0]}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+from typing import Any
 
 import jax
 from etils import epath
@@ -20,10 +21,16 @@ CONFIG = {
 WORDS = "red green blue one two three sun moon star cat dog bird".split()
 
 
-def write_model(folder: pathlib.Path) -> pathlib.Path:
+MIXTURE = CONFIG | {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}  # fmt: skip
+
+
+def write_model(folder: pathlib.Path, config: dict[str, Any] = CONFIG) -> pathlib.Path:
     """Random weights, and a tokenizer of bytes without a chat template."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     model = hf.describe(epath.Path(folder))
     hf.write(epath.Path(folder), model, jax.jit(model.init)(jax.random.key(1)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,0 +1,103 @@
+"""What training starts from: its parameters, the shapes of its state, the columns of its reference."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import preference
+from rlhf_jax.algorithms.step import ADAPTER, INIT, TrainState, make_state
+from rlhf_jax.build import Built
+from rlhf_jax.data import dataset
+from rlhf_jax.data.columns import Columns
+from rlhf_jax.models import lora, start
+
+
+def base_params(built: Built) -> Any:
+    """The model's weights as training starts from them, each leaf made or read where it lies on the mesh.
+
+    Under an adapter they are frozen, and held as `lora.base` says.
+    """
+    plain, base = built.model.without_adapter(), built.config.lora.base
+    if built.config.model.init == "checkpoint":
+        params = start.load(built.start, plain, lambda path, _: sharding.param_sharding(built.mesh, path), base)
+        return jax.device_put(params, sharding.param_shardings(params, built.mesh))  # quantised ones may lie elsewhere
+    make = lambda key: lora.quantise(built.model, plain.init(key))
+    key = jax.random.fold_in(jax.random.key(built.config.seed), INIT)
+    places = sharding.param_shardings(lora.base_shapes(built.model), built.mesh)
+    return jax.jit(make, out_shardings=places)(key)
+
+
+def new_adapter(built: Built) -> Any:
+    """The adapter that training starts with; it changes nothing yet."""
+    places = sharding.param_shardings(trained_shapes(built), built.mesh)
+    make = jax.jit(lambda key: lora.init_adapter(built.model, key), out_shardings=places)
+    return make(jax.random.fold_in(jax.random.key(built.config.seed), ADAPTER))
+
+
+def trained_shapes(built: Built) -> Any:
+    """The shapes and dtypes of what is trained: all weights, or the adapter."""
+    shapes = built.model.shapes()
+    return shapes if built.model.adapter is None else lora.split(shapes)[0]
+
+
+def state_shapes(built: Built) -> TrainState:
+    """The state's shapes, each with its sharding; without what is frozen."""
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
+    make = lambda p, k: make_state(p, built.hyper, built.optimizer, k)
+    shapes = jax.eval_shape(make, trained_shapes(built), key)
+    places = sharding.state_shardings(shapes, built.mesh)
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(place, shapes, places)
+
+
+# ---- the fixed reference
+
+
+def _reference_identity(built: Built) -> str:
+    """Names the initial model and how it is computed."""
+    model, base = built.config.model, built.config.lora.base
+    name = start.identity(built.start)
+    if model.init == "random":
+        name += f"-random{built.config.seed}"
+    name += "" if base == "full" else f"-{base}"
+    return f"{name}-{model.param_dtype}-{model.compute_dtype}"
+
+
+def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's log-probabilities of the training rows from batch `first` on, and of the held-out rows.
+
+    What an earlier run on the same reference and rows has left in the cache is not computed again.
+
+    Args:
+      params: gives the reference's parameters; called only if something is missing.
+    Returns: tables by example index, see `Columns.table`.
+    """
+    loader = built.loader
+    span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
+    rows = sorted({loader.order(p) for p in span})
+    visited = [loader.examples[place] for row in rows for place in loader.rows[row]]
+    columns = Columns(os.path.expanduser(built.config.cache), _reference_identity(built))
+    everywhere = NamedSharding(built.mesh, PartitionSpec())
+    run = jax.jit(preference.make_reference_pass(built.model.without_adapter()), out_shardings=everywhere)
+
+    def compute(examples: Sequence[dataset.Example]) -> np.ndarray:
+        print(f"reference: computing {len(examples)} rows", flush=True)
+        fixed = params()
+        order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].completions)))
+        place = {example.index: i for i, example in enumerate(examples)}
+        values = np.empty((len(examples), len(examples[0].completions)), np.float32)
+        for part in built.rows_once([examples[i] for i in order], mismatched=False):
+            batch = sharding.place_rows(part, built.mesh)
+            index = sharding.fetch(batch["index"]).reshape(-1)
+            some = index >= 0
+            values[[place[i] for i in index[some].tolist()]] = sharding.fetch(run(fixed, batch))[some]
+        return values
+
+    for part in (visited, built.held_out):
+        columns.fill(part, compute, write=jax.process_index() == 0)
+    return columns.table(visited), columns.table(built.held_out)

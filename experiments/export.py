@@ -9,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes a
 from etils import epath
 
 from rlhf_jax import flags, sharding
+from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models import peft
@@ -50,6 +51,7 @@ def _adapter(program: Export, workdir: epath.Path, out: epath.Path) -> None:
             "one of no published model; drop --adapter to write the merged model."
         )
     peft.write_peft(out, held.model, held.params, base=str(held.config.model.path), fetch=sharding.fetch)
+    load_tokenizer(tokenizer_folder(held.found, held.config.model.tokenizer)).save_pretrained(os.fspath(out))
     print(f"wrote the adapter of step {held.step} of {workdir} to {out}")
 
 

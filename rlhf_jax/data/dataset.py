@@ -91,8 +91,8 @@ class Report:
                 said.append(f"{len(rows)} {what}: {', '.join(rows[:first])}{more}")
         if self.kept_as_text:
             said.append(
-                f"{self.kept_as_text} rows hold special tokens written out, which stay text; if these rows were rendered "
-                "ahead, give --config.data.special=tokens"
+                f"{self.kept_as_text} rows hold special tokens written out, which stay text; if these rows were "
+                "rendered ahead, give --config.data.special=tokens"
             )
         said.append(f"{self.lost:,} of {self.tokens:,} tokens lost to the length")
         return said

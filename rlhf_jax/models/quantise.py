@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import qwix
 from jax import Array
 
 Kind = Literal["int8", "nf4"]
@@ -46,6 +45,8 @@ def quantise_kernel(kernel: Array, inputs: Sequence[int], kind: Kind) -> dict[st
     """
     wide = kernel.astype(jnp.float32)
     if kind == "int8":
+        import qwix
+
         channels = [axis for axis in range(kernel.ndim) if axis not in inputs]
         array = qwix.quantize(wide, jnp.int8, channelwise_axes=channels)
         return {"values": array.qvalue, "scales": array.scale}
@@ -66,6 +67,8 @@ def wide_kernel(kernel: Any, dtype: Any) -> Array:
         return kernel.astype(dtype)
     values, scales = kernel["values"], kernel["scales"]
     if values.dtype == jnp.int8:
+        import qwix
+
         return qwix.dequantize(qwix.QArray(values, scales)).astype(dtype)
     codes = jnp.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
     units = jnp.take(jnp.asarray(LEVELS, jnp.float32), codes.astype(jnp.int32), axis=0)

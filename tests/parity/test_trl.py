@@ -20,6 +20,8 @@ Where the conventions differ:
 - TRL truncates at the end (`keep_start`, 1,024 tokens), so a completion may lose its end token; here the
   oldest prompt tokens go. These rows fit.
 - TRL trains every token of a `messages` row unless `assistant_only_loss` is set, here the assistant's turns.
+- TRL's CPO averages the likelihood of chosen answers over the tokens of the batch, here each answer's over its own; its
+  ORPO also counts the prompt's. CPO and SimPO are compared without that term, ORPO is not.
 - TRL's KTO takes the mismatched answer from the row before, within a device's batch in file order; here it is
   that of the next row with another prompt in the global order. On two rows both are the same exchange.
 """
@@ -28,6 +30,7 @@ Where the conventions differ:
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +41,9 @@ import pytest
 from datasets import Dataset
 from jax.experimental.compilation_cache import compilation_cache
 from transformers import AutoTokenizer
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of what it may change, and warnings are errors here
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
@@ -83,6 +89,13 @@ def _preference(rate: float, loss: str, first: float, theirs: str, **both: float
     return Same(pairs, rate, loss, both, DPOTrainer, DPOConfig, {"loss_type": [theirs], **both}, first)
 
 
+def _cpo(rate: float, loss: str, theirs: dict[str, Any], **ours: float) -> Same:
+    """TRL's CPOTrainer without its likelihood term, which it averages over the batch's tokens and we over a row's."""
+    return Same(
+        pairs, rate, loss, ours, CPOTrainer, CPOConfig, {"cpo_alpha": 0.0, "beta": ours["beta"], **theirs}, None
+    )
+
+
 def _kto(rate: float, first: float, **both: float) -> Same:
     return Same(labelled, rate, "kto", both, KTOTrainer, KTOConfig, both, first)
 
@@ -94,6 +107,11 @@ SAME = {
     "dpo-beta": _preference(0.03, "dpo", float(np.log(2)), "sigmoid", beta=0.5),
     "hinge": _preference(0.03, "hinge", 1.0, "hinge", beta=0.1),
     "ipo": _preference(0.003, "ipo", 25.0, "ipo", beta=0.1),
+    "cpo": _cpo(0.03, "cpo", {"loss_type": "sigmoid"}, beta=0.1, alpha=0.0),
+    "cpo-smooth": _cpo(
+        0.03, "cpo", {"loss_type": "sigmoid", "label_smoothing": 0.2}, beta=0.1, alpha=0.0, label_smoothing=0.2
+    ),
+    "simpo": _cpo(0.1, "simpo", {"loss_type": "simpo", "simpo_gamma": 1.0}, beta=2.0, margin=1.0),
     "kto": _kto(0.1, 0.5, beta=0.1),
     "kto-weights": _kto(0.1, (3 * 1.5 + 5 * 0.5) / 8 / 2, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
 }
@@ -125,7 +143,7 @@ def _theirs(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathli
         save_strategy="no", use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True,
         max_length=None, **same.theirs,
     )  # fmt: skip
-    reference = {} if same.loss in ("nll", "dft") else {"ref_model": load(start)}
+    reference = {} if same.loss in ("nll", "dft", "cpo", "simpo") else {"ref_model": load(start)}
     trainer = same.trainer(
         model=load(start), args=args, train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(start), **reference,

@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.models.decoder import Model, Params, Shape
+from rlhf_jax.models.decoder import Model, Params
+from rlhf_jax.models.shape import Shape
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler
 

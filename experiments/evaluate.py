@@ -154,7 +154,7 @@ def main(program: Compare) -> None:
     baseline = program.baseline or models[0].name
     results = compare(
         models, prompts, columns, scorer, baseline=baseline, sampling=sampling, samples=program.samples,
-        seed=program.seed, chat_template=program.chat_template,
+        seed=program.seed, chat_template=program.chat_template, tools=[row.tools for row in rows],
     )  # fmt: skip
     told = table(results, baseline, f"{len(prompts)} prompts, {program.samples} answers each")
     tell(told)

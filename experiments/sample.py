@@ -63,7 +63,9 @@ class Speaker:
                     "give prompts that are strings."
                 )
         out = []
-        for one, ids in zip(asked, self.encoder.prompts([one.text for one in asked]), strict=True):
+        for one, ids in zip(
+            asked, self.encoder.prompts([a.text for a in asked], [a.tools for a in asked]), strict=True
+        ):
             if isinstance(ids, Refusal):
                 raise UserError(f"{one.where} can't be used ({ids}); change it or leave it away.")
             if len(ids) >= shape.length:
@@ -152,7 +154,7 @@ def _write(out: IO[str] | None, prompt: Text, completion: Completion, text: str)
     if out is None:
         return
     row = {
-        "prompt": prompt if isinstance(prompt, str) else [message._asdict() for message in prompt],
+        "prompt": prompt if isinstance(prompt, str) else [message.fields for message in prompt],
         "completion": text,
         "tokens": len(completion.tokens),
         "stop": completion.stop,

@@ -220,9 +220,7 @@ def build(config: Config, workdir: epath.Path) -> Built:
             f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
         )
     tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
-    encoder = Encoder(
-        tokenizer, config.data.chat_template, train_on=config.data.train_on, special=config.data.special
-    )
+    encoder = Encoder(tokenizer, config.data.chat_template, train_on=config.data.train_on, special=config.data.special)
     data = dataset.load(config.data, encoder, typing.cast(Any, form), length, config.seed)
     largest = max(int(c.ids.max()) for e in (*data.train, *data.evaluation) for c in e.completions)
     if largest >= model.shape.vocab:

@@ -140,7 +140,7 @@ MODEL: Cases = {
         lambda g: [model(g.without("light", "*.safetensors"))],
         ["holds no *.safetensors", "--config.model.init=random"],
     ),
-    "family": (lambda g: [model(g.spoilt("mamba", model_type="mamba"))], ["'mamba'", "supported are llama, qwen2"]),
+    "family": (lambda g: [model(g.spoilt("mamba", model_type="mamba"))], ["'mamba'", "supported are llama, mistral"]),
     "shape": (
         lambda g: [model(g.spoilt("wide", hidden_size=64))],
         ["model.embed_tokens.weight is (260, 32)", "calls for (260, 64)"],
@@ -216,8 +216,8 @@ DATA: Cases = {
         ["halves.jsonl has no column 'rejected'", "add the column or choose --config.data.format from auto"],
     ),
     "columns": (
-        lambda g: [data(g.rows("odd.jsonl", [{"text": "a"}] * 9))],
-        ["odd.jsonl has the columns 'text'", "allowed are", "messages"],
+        lambda g: [data(g.rows("odd.jsonl", [{"title": "a"}] * 9))],
+        ["odd.jsonl has the columns 'title'", "allowed are", "messages"],
     ),
     "format": (["--config.data.format=trl"], ["format=trl", "auto", "preference"]),
     "labels": (

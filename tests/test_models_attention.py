@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.models.attention import BACKENDS, BLOCK
-from rlhf_jax.models.decoder import Block, Model, Numerics, Params, Shape
+from rlhf_jax.models.attention import BACKENDS, BLOCK, Form
+from rlhf_jax.models.decoder import Block, Context, Model, Numerics, Params
 from rlhf_jax.models.rope import angles
+from rlhf_jax.models.shape import Shape
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape, make_mesh
 
@@ -31,17 +32,21 @@ def draw(rows: int, length: int, heads: int, groups: int, size: int, seed: int =
     return 2 * q, k, v, np.where(segments > 3, 0, segments).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "layout"), compiler_options=QUICK)
-def attend(q: Any, k: Any, v: Any, segments: Any, *, backend: str, layout: Layout = Layout()) -> jax.Array:
-    return BACKENDS[backend](q, k, v, segments, layout)
+@functools.partial(jax.jit, static_argnames=("backend", "layout", "form"), compiler_options=QUICK)
+def attend(
+    q: Any, k: Any, v: Any, segments: Any, *, backend: str, layout: Layout = Layout(), form: Form = Form()
+) -> jax.Array:
+    return BACKENDS[backend](q, k, v, segments, layout, form)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "layout"), compiler_options=QUICK)
-def slopes(parts: Any, weights: Any, *, backend: str, layout: Layout = Layout()) -> tuple[jax.Array, Any]:
+@functools.partial(jax.jit, static_argnames=("backend", "layout", "form"), compiler_options=QUICK)
+def slopes(
+    parts: Any, weights: Any, *, backend: str, layout: Layout = Layout(), form: Form = Form()
+) -> tuple[jax.Array, Any]:
     """The output, and the gradient of its weighed sum at q, k and v."""
 
     def loss(qkv: Any) -> tuple[jax.Array, jax.Array]:
-        out = BACKENDS[backend](qkv[0], qkv[1], qkv[2], parts[3], layout)
+        out = BACKENDS[backend](qkv[0], qkv[1], qkv[2], parts[3], layout, form)
         return jnp.sum(weights * out), out
 
     gradient, out = jax.grad(loss, has_aux=True)(tuple(parts[:3]))
@@ -55,13 +60,16 @@ def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
 
 
-def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray) -> np.ndarray:
+def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, form: Form = Form()) -> np.ndarray:
     """One query after the other in float64; query head h reads key-value head h // (H / G)."""
     out = np.zeros(q.shape)
-    share = q.shape[2] // k.shape[2]
+    share, scale = q.shape[2] // k.shape[2], form.scale or q.shape[3] ** -0.5
     for b, t, h in np.ndindex(q.shape[:3]):
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        scores = np.array([q[b, t, h].astype(np.float64) @ k[b, s, h // share] for s in seen]) / q.shape[3] ** 0.5
+        first = 0 if form.window is None else max(0, t - form.window + 1)
+        seen = [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]]
+        scores = np.array([q[b, t, h].astype(np.float64) @ k[b, s, h // share] for s in seen]) * scale
+        if form.soft_cap is not None:
+            scores = form.soft_cap * np.tanh(scores / form.soft_cap)
         p = np.exp(scores - scores.max())
         out[b, t, h] = sum(w * v[b, s, h // share] for w, s in zip(p / p.sum(), seen, strict=True))
     return out
@@ -70,6 +78,21 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray) ->
 def test_dense_is_the_oracle() -> None:
     parts = draw(2, 12, heads=6, groups=2, size=4)
     close(attend(*parts, backend="dense"), oracle(*parts))
+
+
+@pytest.mark.parametrize("form", [Form(window=3), Form(0.7, 1.5, 1), Form(0.2, 0.5, 12)])
+def test_dense_has_the_oracles_form(form: Form) -> None:
+    """Windows of one token, of some and of the whole row."""
+    parts = draw(2, 12, heads=6, groups=2, size=4)
+    close(attend(*parts, backend="dense", form=form), oracle(*parts, form=form))
+
+
+@pytest.mark.parametrize("window", [5, BLOCK + 3])
+def test_blocked_is_dense_in_a_window(window: int) -> None:
+    """Value and gradient, where the window is within a block and where it reaches into the one before."""
+    parts, form = draw(2, 3 * BLOCK + 7, heads=4, groups=2, size=4), Form(0.7, 1.5, window)
+    weights = np.random.default_rng(1).standard_normal(parts[0].shape, np.float32)
+    close(slopes(parts, weights, backend="blocked", form=form), slopes(parts, weights, backend="dense", form=form))
 
 
 @pytest.mark.parametrize("length", [1, BLOCK, LENGTH, 3 * BLOCK + 7])
@@ -147,7 +170,8 @@ def test_auto_takes_a_back_end_that_runs_here() -> None:
 # ---- the TPU's kernel, interpreted
 
 
-def test_splash_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [Form(), Form(0.7, 1.5, 9)], ids=["plain", "windowed and capped"])
+def test_splash_is_dense(monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
     """Value and gradient, its length and head size padded to the kernel's; tests/test_tpu.py compiles it."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
@@ -155,7 +179,8 @@ def test_splash_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "make_splash_mqa_single_device", interpreted)
     parts = draw(2, 150, heads=4, groups=2, size=16)
     weights = np.random.default_rng(1).standard_normal(parts[0].shape, np.float32)
-    close(slopes(parts, weights, backend="splash"), slopes(parts, weights, backend="dense"), 2e-5)
+    got, expected = (slopes(parts, weights, backend=name, form=form) for name in ("splash", "dense"))
+    close(got, expected, 2e-5)
 
 
 # ---- the whole decoder
@@ -240,9 +265,9 @@ def test_remat_changes_no_gradient(remat: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_block(model: Model, layer: Params, x: jax.Array, *context: jax.Array) -> jax.Array:
+def run_block(model: Model, layer: Params, x: jax.Array, context: Context) -> jax.Array:
     block = Block(model.shape, model.numerics, model.layout)
-    return block.apply({"params": layer}, x, None, context)[0]  # type: ignore[index]
+    return block.apply({"params": layer}, x, None, None, context)[0]  # type: ignore[index]
 
 
 def test_the_scan_runs_the_layers_in_order() -> None:
@@ -250,9 +275,11 @@ def test_the_scan_runs_the_layers_in_order() -> None:
     model, params, rows = Model(SHAPE), params_of(), rows_of()
     tokens, segments, positions = (jnp.asarray(rows[name]) for name in ("tokens", "segments", "positions"))
     got = jax.jit(model.apply)(params, tokens, segments, positions)
-    x = params["embedding"][tokens]
+    x, rope = params["embedding"][tokens], SHAPE.kinds[0].rope
+    assert rope is not None
+    context = Context(segments, angles(rope, SHAPE.head_dim, positions))
     for i in range(SHAPE.layers):
         layer = jax.tree.map(lambda stack, i=i: stack[i], params["layers"])
-        x = run_block(model, layer, x, segments, *angles(SHAPE.rope, SHAPE.head_dim, positions))
+        x = run_block(model, layer, x, context)
     x = np.asarray(x, np.float64)
     close(got, x / np.sqrt(np.square(x).mean(-1, keepdims=True) + SHAPE.norm_eps) * params["final_norm"])

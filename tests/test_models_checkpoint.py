@@ -243,12 +243,12 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], object], tuple[str, ...]]] = {
     "more layers than weights": (config(num_hidden_layers=4), ("model.layers.3.input_layernorm.weight",)),
     "fewer layers than weights": (config(num_hidden_layers=2), ("model.layers.2.",)),
     "biases it doesn't have": (config(attention_bias=True), ("model.layers.0.self_attn.q_proj.bias",)),
-    "unknown family": (config(model_type="gpt_neox"), ("'gpt_neox'", "llama, qwen2")),
-    "no family": (config(model_type=...), ("None", "llama, qwen2")),
+    "unknown family": (config(model_type="bloom"), ("'bloom'", "llama, mistral, qwen2")),
+    "no family": (config(model_type=...), ("None", "llama, mistral, qwen2")),
     "missing field": (config(hidden_size=...), ("hidden_size", "config.json")),
     "unsupported rope": (
-        config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
-        ("'longrope'", "default, linear, llama3, yarn"),
+        config(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}),
+        ("'proportional'", "default, linear, llama3, yarn, longrope"),
     ),
     "unsupported rope, as it was written before": (
         config(rope_scaling={"type": "dynamic", "factor": 2.0}),

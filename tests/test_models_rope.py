@@ -1,5 +1,6 @@
 """Rotary positions against the published formulas, written out in float64, and the laws they obey."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.models.rope import Rope, angles, rotate
+from rlhf_jax.models.rope import Rope, angles, furthest, rotate
 
 SIZE = 16
 ROPES = {
@@ -25,6 +26,10 @@ ROPES = {
         theta=10_000.0, kind="yarn", factor=4.0, original_length=4096, attention_factor=1.0
     ),
 }
+ROPES["longrope"] = Rope(
+    theta=10_000.0, kind="longrope", factor=4.0, original_length=4096,
+    short_factor=tuple(1 + 0.1 * i for i in range(8)), long_factor=tuple(1 + i * i for i in range(8)),
+)  # fmt: skip
 every = pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 
 
@@ -66,7 +71,12 @@ def yarn(rope: Rope, theta: float, i: int) -> float:
     return theta / rope.factor * (1 - extrapolated) + theta * extrapolated
 
 
-FORMULAS = {"default": default, "linear": linear, "llama3": llama3, "yarn": yarn}
+def longrope(rope: Rope, theta: float, i: int) -> float:
+    """Ding et al. 2024, arXiv:2402.13753: each wave by a factor of its own."""
+    return theta / rope.short_factor[i]
+
+
+FORMULAS = {"default": default, "linear": linear, "llama3": llama3, "yarn": yarn, "longrope": longrope}
 
 
 def frequencies(rope: Rope) -> list[float]:
@@ -74,7 +84,9 @@ def frequencies(rope: Rope) -> list[float]:
 
 
 def warmth(rope: Rope) -> float:
-    """YaRN's scale of queries and keys, Eq. 22: sqrt(1 / t) = 0.1 ln s + 1."""
+    """YaRN's scale of queries and keys, Eq. 22: sqrt(1 / t) = 0.1 ln s + 1; LongRoPE's sqrt(1 + ln s / ln L)."""
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_length))
     if rope.kind != "yarn" or rope.attention_factor == 1:
         return 1.0
     return 0.1 * math.log(rope.factor) + 1
@@ -141,6 +153,37 @@ def test_short_waves_are_kept_and_long_ones_stretched(kind: str) -> None:
     assert (np.diff(stretch) > -1e-4).all()
     between = (stretch > 1.01) & (stretch < rope.factor / 1.01)
     assert between.any() == (kind != "linear")
+
+
+def test_a_text_beyond_the_original_length_has_the_long_factors() -> None:
+    """All its tokens from the first on; a shorter one beside it in the row keeps the short factors."""
+    rope = dataclasses.replace(ROPES["longrope"], original_length=4)
+    lengths = (4, 5, 2)
+    segments = np.repeat([1, 2, 0], lengths)[None]
+    positions = np.concatenate([*map(np.arange, lengths)])[None]
+    sines, _ = angles(rope, SIZE, jnp.asarray(positions), furthest(jnp.asarray(segments), jnp.asarray(positions)))
+    factors = np.where(segments[0][:, None] == 2, rope.long_factor, rope.short_factor)
+    angle = positions[0][:, None] * rope.theta ** (-np.arange(0, SIZE, 2) / SIZE) / factors
+    np.testing.assert_allclose(sines[0], np.sin(angle) * warmth(rope), rtol=0, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cuts=st.lists(st.integers(1, 11), max_size=4, unique=True))
+def test_the_furthest_position_is_the_last_of_the_segment(cuts: list[int]) -> None:
+    lengths = np.diff([0, *sorted(cuts), 12])
+    segments = np.repeat(np.arange(len(lengths)), lengths)[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    got = furthest(jnp.asarray(segments), jnp.asarray(positions))
+    np.testing.assert_array_equal(got[0], np.repeat(lengths - 1, lengths))
+
+
+def test_a_share_of_a_head_is_turned_like_a_smaller_head() -> None:
+    rope = Rope(theta=500.0, share=0.5)
+    x, positions = np.random.default_rng(0).standard_normal((2, 3, 2, SIZE)), np.array([[0, 7, 90], [3, 0, 300]])
+    got = rotated(rope, x, positions)
+    turn = angles(Rope(theta=500.0), SIZE // 2, jnp.asarray(positions))
+    np.testing.assert_array_equal(got[..., : SIZE // 2], rotate(jnp.asarray(x[..., : SIZE // 2], jnp.float32), *turn))
+    np.testing.assert_array_equal(got[..., SIZE // 2 :], x[..., SIZE // 2 :].astype(np.float32))
 
 
 def test_bfloat16_is_turned_in_float32() -> None:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlhf_jax.models.decoder import Model, Numerics, Params, Shape
+from rlhf_jax.models.decoder import Model, Numerics, Params
+from rlhf_jax.models.shape import Shape
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from rlhf_jax.sharding import MeshShape, make_mesh

@@ -15,6 +15,8 @@ from test_sampling_distribution import oracle
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.decoder import Model
+from rlhf_jax.models.rope import Rope
+from rlhf_jax.models.shape import Kind
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Completion, Sampler, bucket
@@ -213,8 +215,8 @@ def test_a_cached_token_sees_what_a_whole_row_sees():
     at = lambda x: jnp.take_along_axis(x, last.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
     order = np.random.default_rng(0).permutation(problem.LENGTH)  # columns may lie in any order
     shuffled = jax.tree.map(lambda x: x[:, :, :, order], cache)
-    visible = (jnp.arange(problem.LENGTH)[None] < last[:, None])[:, order]
-    alone, new = model.decode(problem.initial(), at(row["tokens"]), last, shuffled, visible)
+    distance = (last[:, None] - jnp.arange(problem.LENGTH)[None])[:, order]
+    alone, new = model.decode(problem.initial(), at(row["tokens"]), last, shuffled, distance)
     real = row["segments"].sum(axis=1) > 0
     np.testing.assert_allclose(alone[real], at(whole)[real], atol=1e-5)
     own = jnp.take_along_axis(cache.keys, last[None, :, None, None, None], axis=3)
@@ -225,6 +227,15 @@ def test_a_cached_token_sees_what_a_whole_row_sees():
 def test_a_prompt_that_does_not_fit_is_one_sentence(prompt):
     with pytest.raises(UserError, match="prompt number 2 has .* it must have at least 1 and fewer than the model's"):
         sampler().generate(problem.initial(), [np.arange(3), prompt], Sampling(), KEY)
+
+
+def test_a_row_never_passes_the_point_where_its_rope_turns_otherwise():
+    """A cache holds keys that are turned already."""
+    rope = Rope(kind="longrope", short_factor=(1.0,) * 4, long_factor=(2.0,) * 4, original_length=20)
+    shape = dataclasses.replace(problem.SHAPE, kinds=(Kind(rope=rope),))
+    sampler = Sampler(Model(shape), slots=1)
+    with pytest.raises(UserError, match="prompt number 2 has 15 tokens .* may pass 20, .* at most 5 new tokens"):
+        sampler.generate(problem.initial(), [np.arange(21), np.arange(15)], Sampling(max_new_tokens=6), KEY)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 16), (16, 16), (17, 32), (40, 60), (60, 60)])

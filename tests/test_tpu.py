@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from rlhf_jax.models.decoder import Model, Numerics, Shape
+from rlhf_jax.models.decoder import Model, Numerics
+from rlhf_jax.models.shape import Kind, Shape
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape, make_mesh
 from tests.programs import lower
@@ -38,10 +39,17 @@ ENVIRONMENT = {
 TOPOLOGY, MESH = "v5e:2x2", MeshShape(1, 2, 2)
 ROWS, LENGTH, VOCAB, CHUNK = 8, 256, 2048, 128
 SHAPE = Shape(vocab=VOCAB, width=256, layers=3, heads=4, groups=2, head_dim=64, mlp_width=512, length=LENGTH)
-# Between them: both dtypes, both head sizes, and what the backward pass makes again.
+# Layers with a window and one without, as Gemma 2 has them.
+MIXED: dict[str, Any] = dict(
+    kinds=(Kind(window=100), Kind()), pattern=(0, 1, 0), attention_soft_cap=50.0, norms="sandwich"
+)
+# Between them: both dtypes, both head sizes, windows and capped scores, and what the backward pass makes again.
 CASES = {
     "nll": (SHAPE, Numerics(chunk=CHUNK)),
-    "dpo": (dataclasses.replace(SHAPE, head_dim=128), Numerics(compute_dtype="bfloat16", remat="full", chunk=CHUNK)),
+    "dpo": (
+        dataclasses.replace(SHAPE, head_dim=128, **MIXED),
+        Numerics(compute_dtype="bfloat16", remat="full", chunk=CHUNK),
+    ),
 }
 KERNELS = ("splash_mqa_fwd", "splash_mqa_dq", "splash_mqa_dkv")
 

@@ -13,11 +13,12 @@ HOLDERS = ("prompt", "messages")  # columns that hold a prompt
 
 
 class Asked(NamedTuple):
-    """A prompt, where it came from, and what else its row says."""
+    """A prompt, where it came from, what else its row says, and the tools that it offers (see `rows`)."""
 
     where: str
     text: Text
     columns: dict[str, Any] = {}
+    tools: str = ""
 
 
 def read(path: str, flag: str = "--prompts") -> list[Asked]:
@@ -59,14 +60,16 @@ def _row(record: sources.Record | sources.Refused) -> Asked:
     if name is None:
         raise UserError(f"{record.where} has neither a column prompt nor messages; give it one of them.")
     try:
-        (row,) = formats.adapt("prompt", {"prompt": record.columns[name]}, True)
+        offered = {key: record.columns[key] for key in ("tools",) if key in record.columns}
+        (row,) = formats.adapt("prompt", {"prompt": record.columns[name], **offered}, True)
     except Refusal as refusal:
         raise UserError(f"{record.where} can't be used ({refusal}); mend its {name}.") from None
     assert isinstance(row, Prompt)
     text = row.prompt
     if name == "messages" and isinstance(text, tuple) and len(text) > 1 and text[-1].role == "assistant":
         text = text[:-1]  # the answer of a demonstration
-    return Asked(record.where, text, {key: value for key, value in record.columns.items() if key not in HOLDERS})
+    others = {key: value for key, value in record.columns.items() if key not in HOLDERS}
+    return Asked(record.where, text, others, row.tools)
 
 
 def _lines(file: epath.Path, flag: str) -> Iterator[Asked]:

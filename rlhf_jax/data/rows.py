@@ -5,7 +5,8 @@ functions that its prompt offers, as a chat template takes them, or empty.
 """
 
 import dataclasses
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
 
 
 class Message(NamedTuple):
@@ -18,6 +19,11 @@ class Message(NamedTuple):
     role: str
     content: str
     more: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All of it as one object, as files and chat templates have it."""
+        return {"role": self.role, "content": self.content, **json.loads(self.more or "{}")}
 
 
 Conversation = tuple[Message, ...]

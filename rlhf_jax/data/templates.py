@@ -111,7 +111,7 @@ class Template:
         wrapped_tools = self._specials.wrap(offered, True)
         guarded = wrapped_tools != offered or any(changed for _, changed in given)
         text = self._specials.turn_over(self._apply([fields for fields, _ in given], generation, wrapped_tools))
-        if guarded and bare(text) != self._apply([_fields(message) for message in messages], generation, offered):
+        if guarded and bare(text) != self._apply([message.fields for message in messages], generation, offered):
             raise Refusal("the chat template changes text that holds a special token, so it can't be kept as text")
         if _GENERATED not in self._source(offered):
             return Rendering(text, guarded, None)
@@ -119,7 +119,7 @@ class Template:
 
     def _wrapped(self, message: Message) -> tuple[dict[str, Any], bool]:
         """A message's fields with the special tokens in their text wrapped, and whether there are any."""
-        fields = _fields(message)
+        fields = message.fields
         role = fields.pop("role")
         new = self._specials.wrap(fields, message.role != "assistant")
         return {"role": role, **new}, new != fields
@@ -266,10 +266,6 @@ class Template:
             return self.render(turns, generation, tools).text == whole.text
         except Refusal:
             return False
-
-
-def _fields(message: Message) -> dict[str, Any]:
-    return {"role": message.role, "content": message.content, **json.loads(message.more or "{}")}
 
 
 def _functions(tools: str) -> list[Any]:

@@ -37,16 +37,23 @@ class Answers(NamedTuple):
 
 
 def answer(
-    subject: Subject, encoder: Encoder, sampler: Sampler, prompts: Sequence[Text], sampling: Sampling, seed: int
+    subject: Subject,
+    encoder: Encoder,
+    sampler: Sampler,
+    prompts: Sequence[Text],
+    sampling: Sampling,
+    seed: int,
+    tools: Sequence[str] | None = None,
 ) -> Answers:
     """Draws the sampler's number of answers to each prompt.
 
     Args:
+      tools: what each prompt offers, JSON text, "" for none; None: none do.
       sampler: of a model like the subject's; one serves all parameters of it, and compiles once.
     Errors: UserError naming a prompt that can't be encoded, or that leaves no room for an answer.
     """
     ids = []
-    for number, encoded in enumerate(encoder.prompts(prompts)):
+    for number, encoded in enumerate(encoder.prompts(prompts, tools)):
         if isinstance(encoded, Exception):
             raise UserError(f"prompt number {number + 1} can't be used by {subject.name}: {encoded}.")
         if encoded.max() >= subject.model.shape.vocab:

@@ -46,6 +46,7 @@ def compare(
     samples: int = 1,
     seed: int = 0,
     chat_template: str | None = None,
+    tools: Sequence[str] | None = None,
 ) -> list[Result]:
     """Answers, scores and compares, in the order of the subjects.
 
@@ -54,6 +55,7 @@ def compare(
 
     Args:
       columns: other columns of the prompts' rows, for the scorer.
+      tools: what each prompt offers, JSON text, "" for none; None: none do.
       baseline: the name of the subject that the others are held against.
     Errors: UserError for an unknown baseline, two subjects of one name, and what `answer` and `score` refuse.
     """
@@ -64,7 +66,7 @@ def compare(
     base = names.index(baseline)
     samplers = {model: Sampler(model, samples=samples) for model in {subject.model for subject in subjects}}
     drawn = [
-        answer(subject, encoder, samplers[subject.model], prompts, sampling, seed)
+        answer(subject, encoder, samplers[subject.model], prompts, sampling, seed, tools)
         for subject, encoder in zip(subjects, encoders, strict=True)
     ]
     scores = [np.asarray(score(scorer, prompts, answers.texts, columns)) for answers in drawn]

@@ -15,9 +15,9 @@ Scorer = Callable[..., Sequence[float]]
 SCORERS: dict[str, Scorer] = {"gold": world.gold}
 
 
-def plain(text: Text) -> str | list[dict[str, str]]:
+def plain(text: Text) -> str | list[dict[str, Any]]:
     """A prompt as scorers get it."""
-    return text if isinstance(text, str) else [{"role": turn.role, "content": turn.content} for turn in text]
+    return text if isinstance(text, str) else [turn.fields for turn in text]
 
 
 def score(

@@ -99,9 +99,7 @@ def _log1mexp(x: Array) -> Array:
     """log(1 - exp(x)) for x < 0, without cancellation near 0 nor far from it (Mächler 2012)."""
     near = x > -0.6931472
     # The branch that isn't taken gets a number for which it is finite: its gradient would be NaN otherwise.
-    return jnp.where(
-        near, jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x)))
-    )
+    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -0.5))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))
 
 
 def simpo(pair: MeanPair, *, beta: float = 2.0, margin: float = 1.0) -> Array:

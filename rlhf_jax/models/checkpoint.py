@@ -5,6 +5,7 @@ is read from the files by itself, so neither a device nor the host ever holds th
 """
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.decoder import Model, Numerics, Params
-from rlhf_jax.models.families import FAMILIES, Weight
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.families.maps import Family, Weight
 from rlhf_jax.ops.layout import Layout
 
-IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+# Frequencies and masks, which once were saved too.
+IGNORED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SHARD_BYTES = 5 * 2**30
 Place = Callable[[tuple[str, ...], jax.ShapeDtypeStruct], jax.sharding.Sharding]
+Change = Callable[[tuple[str, ...], jax.Array], Any]
 
 
 def folder(name: str, flag: str = "--config.model.path") -> epath.Path:
@@ -85,20 +89,18 @@ def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: La
     return Model(shape, numerics, layout, source=file.read_text())
 
 
-def _weights(model: Model) -> tuple[Weight, ...]:
-    return FAMILIES[json.loads(model.source)["model_type"]].weights(model.shape)
+def _family(model: Model) -> Family:
+    return FAMILIES[json.loads(model.source)["model_type"]]
 
 
 def _expected(model: Model) -> dict[str, tuple[int, ...]]:
     """Their tensor names and shapes for this model."""
     shapes = _leaves(model.shapes())
     expected = {}
-    for weight in _weights(model):
-        whole = shapes[weight.ours].shape
-        one = np.empty(whole[1:] if weight.stacked else whole, np.int8)
-        saved = weight.save(one, model.shape).shape
-        names = [weight.theirs.format(i=i) for i in range(model.shape.layers)] if weight.stacked else [weight.theirs]
-        expected |= dict.fromkeys(names, saved)
+    for weight in _family(model).weights(model.shape):
+        ones = tuple(np.empty(shapes[path].shape[len(weight.axes) :], np.int8) for path in weight.ours)
+        saved = weight.map.save(ones, model.shape).shape
+        expected |= {weight.name(index): saved for index in weight.indices(model.shape)}
     return expected
 
 
@@ -110,9 +112,12 @@ def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
 
 
 class _Files:
-    """The tensors of a folder's safetensors files, opened once."""
+    """The tensors of a folder's safetensors files, opened once; their names are those of the whole model.
 
-    def __init__(self, path: epath.Path):
+    A checkpoint of the bare decoder lacks the `prefix` of its family's names.
+    """
+
+    def __init__(self, path: epath.Path, family: Family):
         files = sorted(path.glob("*.safetensors"))
         index = path / "model.safetensors.index.json"
         if index.exists():
@@ -123,7 +128,7 @@ class _Files:
                 f"model folder {str(path)!r} holds no *.safetensors weights; give a folder with them, "
                 "or start from random ones with --config.model.init=random."
             )
-        self.handles = {}
+        self._prefix, self.handles = "", {}
         for file in files:
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is missing; fetch the whole model folder.")
@@ -137,12 +142,16 @@ class _Files:
             except Exception as error:  # SafetensorError has no public home in every release
                 raise UserError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from error
             self.handles |= dict.fromkeys(handle.keys(), handle)
+        if not any(name.startswith(family.prefix) for name in self.handles):
+            self._prefix = family.prefix
+            whole = lambda name: name if name == family.head else self._prefix + name
+            self.handles = {whole(name): handle for name, handle in self.handles.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.handles[name].get_slice(name).get_shape())
+        return tuple(self.handles[name].get_slice(name.removeprefix(self._prefix)).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        return self.handles[name].get_tensor(name)
+        return self.handles[name].get_tensor(name.removeprefix(self._prefix))
 
 
 def _check(model: Model, files: _Files, path: epath.Path) -> None:
@@ -153,7 +162,7 @@ def _check(model: Model, files: _Files, path: epath.Path) -> None:
             raise UserError(f"{path} lacks the tensor {name}, which its config.json calls for.")
         if files.shape(name) != shape:
             raise UserError(f"{path}: tensor {name} is {files.shape(name)}, but its config.json calls for {shape}.")
-    known = {*expected, *(("lm_head.weight",) if model.shape.tied else ())}
+    known = {*expected, *((_family(model).head,) if model.shape.tied else ())}
     for name in files.handles:
         if name not in known and not name.endswith(IGNORED):
             raise UserError(f"{path} holds the tensor {name}, which a model of its config.json doesn't have.")
@@ -161,35 +170,39 @@ def _check(model: Model, files: _Files, path: epath.Path) -> None:
 
 def check(path: epath.Path, model: Model) -> None:
     """Reads the headers alone. Errors: UserError naming the first tensor that is missing or doesn't fit."""
-    _check(model, _Files(path), path)
+    _check(model, _Files(path, _family(model)), path)
 
 
-def load(path: epath.Path, model: Model, place: Place | None = None) -> Params:
+def load(path: epath.Path, model: Model, place: Place | None = None, change: Change | None = None) -> Params:
     """The parameters of `model` from a folder, each leaf put where `place` says, in `param_dtype`.
 
     Args:
       place: gives the sharding of a leaf from its path and shape; None: the first device.
+      change: what stands in the place of a leaf, from its path and itself, before the next one is read.
     Errors: UserError naming the first tensor that is missing, unknown or of another shape.
     """
-    files = _Files(path)
+    files = _Files(path, _family(model))
     _check(model, files, path)
     dtype = jnp.dtype(model.numerics.param_dtype)
     shapes = model.shapes()
-    weights = {weight.ours: weight for weight in _weights(model)}
+    table = _family(model).weights(model.shape)
+    weights = {ours: (weight, part) for weight in table for part, ours in enumerate(weight.ours)}
 
-    def leaf(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
         ours = tuple(key.key for key in keys)
-        weight = weights[ours]
+        weight, part = weights[ours]
+        lead = len(weight.axes)
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
-            if not weight.stacked:
-                return weight.load(files.read(weight.theirs), model.shape)[index].astype(dtype)
-            layers = range(*index[0].indices(model.shape.layers))
-            read = (weight.load(files.read(weight.theirs.format(i=i)), model.shape) for i in layers)
-            return np.stack([one[index[1:]].astype(dtype) for one in read])
+            spans = [range(*cut.indices(size)) for cut, size in zip(index[:lead], shape.shape, strict=False)]
+            tensors = (files.read(weight.name(at)) for at in itertools.product(*spans))
+            ones = (weight.map.load(tensor, model.shape)[part] for tensor in tensors)
+            pieces = np.stack([one[index[lead:]].astype(dtype) for one in ones])
+            return pieces.reshape(*map(len, spans), *pieces.shape[1:])
 
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if place is None else place(ours, shape)
-        return jax.make_array_from_callback(shape.shape, sharding, piece)  # pyright: ignore[reportArgumentType]
+        whole = jax.make_array_from_callback(shape.shape, sharding, piece)  # pyright: ignore[reportArgumentType]
+        return whole if change is None else change(ours, whole)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
@@ -233,11 +246,10 @@ def write(
         files[-1].append(name)
         room -= size
     tensors = {}
-    for weight in _weights(model):
-        leaf = leaves[weight.ours]
-        for i in range(model.shape.layers) if weight.stacked else (None,):
-            take = functools.partial(_tensor, weight, model, leaf, i, fetch, kind)
-            tensors[weight.theirs.format(i=i)] = take
+    for weight in _family(model).weights(model.shape):
+        parts = [leaves[path] for path in weight.ours]
+        for index in weight.indices(model.shape):
+            tensors[weight.name(index)] = functools.partial(_tensor, weight, model, parts, index, fetch, kind)
     total = len(files)
     where = {}
     for number, names in enumerate(files, start=1):
@@ -254,10 +266,10 @@ def write(
 
 
 def _tensor(
-    weight: Weight, model: Model, leaf: jax.Array, layer: int | None, fetch: Callable, kind: np.dtype
+    weight: Weight, model: Model, leaves: list[jax.Array], index: tuple[int, ...], fetch: Callable, kind: np.dtype
 ) -> np.ndarray:
-    ours = fetch(leaf if layer is None else leaf[layer])
-    return np.ascontiguousarray(weight.save(ours, model.shape).astype(kind))
+    ours = tuple(fetch(leaf[index] if index else leaf) for leaf in leaves)
+    return np.ascontiguousarray(weight.map.save(ours, model.shape).astype(kind))
 
 
 def identity(path: epath.Path) -> str:

@@ -1,4 +1,4 @@
-"""One decoder for every family: pre-norm blocks of grouped attention and a gated MLP.
+"""One decoder for every family: blocks of attention and an MLP, with the features that a `Shape` names.
 
 The layers are one stacked tree (their leading axis is the layer) run by a scan, so that the program and its
 compile time do not grow with depth. `Model` is what the rest of the project sees: pure functions of
@@ -6,7 +6,7 @@ compile time do not grow with depth. `Model` is what the rest of the project see
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -15,40 +15,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.models import attention
-from rlhf_jax.models.rope import Rope, angles, rotate
+from rlhf_jax.models.experts import Experts, Mixture
+from rlhf_jax.models.linear import Linear, Lora
+from rlhf_jax.models.rope import angles, furthest, rotate
+from rlhf_jax.models.shape import ACTIVATIONS, Shape
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, token_logprobs
 
 Params = Any  # a nested dict of arrays
 Dtype = Literal["float32", "bfloat16"]
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": jax.nn.gelu,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a decoder is, apart from its numbers."""
-
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    groups: int  # key-value heads
-    head_dim: int
-    mlp_width: int
-    length: int  # the context, tokens
-    rope: Rope = Rope()
-    norm_eps: float = 1e-5
-    tied: bool = False
-    qkv_bias: bool = False
-    out_bias: bool = False
-    mlp_bias: bool = False
-    activation: str = "silu"
-    soft_cap: float | None = None  # of the final logits
-    spread: float = 0.02  # standard deviation of random weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,62 +63,150 @@ class _Module(nn.Module):
     shape: Shape
     numerics: Numerics
     layout: Layout
+    adapter: Lora | None = None
 
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, axis: Any = -1, deep: bool = False):
         """A linear map; `deep` ones end a residual branch and start smaller, by 1 / sqrt(2 layers)."""
         scale = self.shape.spread / (2 * self.shape.layers) ** 0.5 if deep else self.shape.spread
-        return nn.DenseGeneral(
-            features, axis=axis, use_bias=bias, name=name, kernel_init=nn.initializers.normal(scale),
-            dtype=self.numerics.compute_dtype, param_dtype=jnp.dtype(self.numerics.param_dtype),
+        lora = self.adapter if self.adapter is not None and name in self.adapter.targets else Lora()
+        return Linear(
+            (features,) if isinstance(features, int) else features, inputs=1 if axis == -1 else len(axis), bias=bias,
+            name=name, kernel_init=nn.initializers.normal(scale), dtype=jnp.dtype(self.numerics.compute_dtype),
+            param_dtype=jnp.dtype(self.numerics.param_dtype), rank=lora.rank, scale=lora.scale,
         )  # fmt: skip
 
     def norm(self, name: str, x: Array) -> Array:
-        """Root-mean-square norm, computed in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-        scale = self.param(name, nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.numerics.param_dtype))
+        """The norm of the last axis, computed in float32.
+
+        Root-mean-square (Zhang and Sennrich 2019, arXiv:1910.07467), or with the mean taken off and a bias (Ba et
+        al. 2016, arXiv:1607.06450). A weight with an offset multiplies in float32 too, as Gemma has it.
+        """
+        shape, dtype = self.shape, jnp.dtype(self.numerics.compute_dtype)
+        leaf = lambda name, init: self.param(name, init, (x.shape[-1],), jnp.dtype(self.numerics.param_dtype))
+        spread = lambda weight, dtype: weight.astype(dtype).reshape((1,) * (x.ndim - 1) + weight.shape)
+        scale = leaf(name, nn.initializers.zeros if shape.norm_offset else nn.initializers.ones)
         wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.shape.norm_eps)
-        dtype = jnp.dtype(self.numerics.compute_dtype)
-        return wide.astype(dtype) * scale.astype(dtype)[None, None]
+        if shape.norm == "layer":
+            wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + shape.norm_eps)
+        if shape.norm_offset:
+            return (wide * (shape.norm_offset + spread(scale, jnp.float32))).astype(dtype)
+        y = wide.astype(dtype) * spread(scale, dtype)
+        return y + spread(leaf(f"{name}_bias", nn.initializers.zeros), dtype) if shape.norm == "layer" else y
+
+
+class Context(NamedTuple):
+    """What all layers read alike."""
+
+    seen: Array  # segments [B, T]; with a cache how far before the token each cached one stands [B, S]
+    turns: tuple[Array, Array] | None  # sines and cosines [B, T, n]; of each kind [K, B, T, n] if there are several
 
 
 class Block(_Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); x [B, T, D]. Also the new keys and values, if it keeps them."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); x [B, T, D].
+
+    The norms may stand behind attention and MLP, or on both sides of them, and both may read the same x.
+    Also what was asked for: the new keys and values (`keep`), each token's balance of the experts (`weigh`).
+    """
 
     keep: bool = False
+    weigh: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, context: tuple[Array, Array, Array]) -> tuple[Array, Any]:
-        shape, layout = self.shape, self.layout
-        seen, sines, cosines = context
-        y = self.norm("attention_norm", x)
-        q = self.dense("query", (shape.heads, shape.head_dim), shape.qkv_bias)(y)
-        k = self.dense("key", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
-        v = self.dense("value", (shape.groups, shape.head_dim), shape.qkv_bias)(y)
-        q, k = rotate(q, sines, cosines), rotate(k, sines, cosines)
-        q, k, v = (layout.constrain(part, "rows", None, "heads", None) for part in (q, k, v))
-        if cache is None:
-            y = attention.BACKENDS[self.numerics.attention](q, k, v, seen, layout)
+    def __call__(self, x: Array, cache: Cache | None, kind: Array | None, context: Context) -> tuple[Array, Any]:
+        shape = self.shape
+        same = lambda name, x: x
+        before, behind = {
+            "pre": (self.norm, same), "post": (same, self.norm), "sandwich": (self.norm, self.norm)
+        }[shape.norms]  # fmt: skip
+        y, kept = self.attention(before("attention_norm", x), cache, kind, context)
+        middle = x + behind("attention_post_norm", y)
+        y, balance = before("mlp_norm", x if shape.parallel else middle), None
+        if shape.experts is None:
+            y = self.mlp(y)
         else:
-            y = attention.cached(q, k, v, cache.keys, cache.values, seen)
-        x = x + self.dense("out", shape.width, shape.out_bias, axis=(-2, -1), deep=True)(y)
-        y = self.norm("mlp_norm", x)
-        gate = self.dense("gate", shape.mlp_width, shape.mlp_bias)(y)
-        up = self.dense("up", shape.mlp_width, shape.mlp_bias)(y)
-        y = layout.constrain(ACTIVATIONS[shape.activation](gate) * up, "rows", None, "mlp")
-        x = x + self.dense("down", shape.width, shape.mlp_bias, deep=True)(y)
+            y, balance = self.mixture(y, shape.experts, context.seen if self.weigh else None)
+        x = middle + behind("mlp_post_norm", y)
+        return self.layout.constrain(x, "rows", None, None), (kept, balance)
+
+    def attention(
+        self, x: Array, cache: Cache | None, kind: Array | None, context: Context
+    ) -> tuple[Array, Cache | None]:
+        """Attention in a layer of this kind (None: there is one), and its keys and values if they are kept."""
+        shape, layout = self.shape, self.layout
+        q = self.dense("query", (shape.heads, shape.head_dim), shape.qkv_bias)(x)
+        k = self.dense("key", (shape.groups, shape.head_dim), shape.qkv_bias)(x)
+        v = self.dense("value", (shape.groups, shape.head_dim), shape.qkv_bias)(x)
+        if shape.qk_norm:
+            flat = lambda x: x.reshape(*x.shape[:2], -1) if shape.qk_norm == "whole" else x
+            q = self.norm("query_norm", flat(q)).reshape(q.shape)
+            k = self.norm("key_norm", flat(k)).reshape(k.shape)
+        if context.turns is not None:
+            turn = context.turns if kind is None else jax.tree.map(lambda x: x[kind], context.turns)
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        q, k, v = (layout.constrain(part, "rows", None, "heads", None) for part in (q, k, v))
+        y = self.look(q, k, v, cache, kind, context.seen)
         kept = Cache(jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)) if self.keep else None
-        return layout.constrain(x, "rows", None, None), kept
+        return self.dense("out", shape.width, shape.out_bias, axis=(-2, -1), deep=True)(y), kept
+
+    def look(self, q: Array, k: Array, v: Array, cache: Cache | None, kind: Array | None, seen: Array) -> Array:
+        """The attention back end with the layer's window, [B, T, H, d]."""
+        shape = self.shape
+        form = attention.Form(shape.query_scale, shape.attention_soft_cap)
+        windows = [one.window for one in shape.kinds]
+        if cache is not None:
+            limits = jnp.asarray([jnp.iinfo(jnp.int32).max if window is None else window for window in windows])
+            near = jnp.where(seen < limits[0 if kind is None else kind], seen, 0)
+            return attention.cached(q, k, v, cache.keys, cache.values, near, form)
+        # Windows are static, so that a back end can leave out what no query sees: one branch for each.
+        # A window as long as the rows is none.
+        windows = [window if window is not None and window < q.shape[1] else None for window in windows]
+        distinct = list(dict.fromkeys(windows))
+        run = functools.partial(attention.BACKENDS[self.numerics.attention], layout=self.layout)
+        branches = [functools.partial(run, form=form._replace(window=window)) for window in distinct]
+        if kind is None or len(branches) == 1:
+            return branches[0](q, k, v, seen)
+        branch = jnp.asarray([distinct.index(window) for window in windows], jnp.int32)[kind]
+        return jax.lax.switch(branch, branches, q, k, v, seen)
+
+    def mlp(self, y: Array) -> Array:
+        """down(act(gate y) * up y), or down(act(up y)) without a gate."""
+        shape, act = self.shape, ACTIVATIONS[self.shape.activation]
+        up = lambda name: self.dense(name, shape.mlp_width, shape.mlp_bias)(y)
+        y = act(up("gate")) * up("up") if shape.gated else act(up("up"))
+        y = self.layout.constrain(y, "rows", None, "mlp")
+        return self.dense("down", shape.width, shape.mlp_bias, deep=True)(y)
+
+    def mixture(self, y: Array, experts: Experts, segments: Array | None) -> tuple[Array, Array | None]:
+        shape, numerics = self.shape, self.numerics
+        spread = shape.spread, shape.spread / (2 * shape.layers) ** 0.5
+        dtypes = jnp.dtype(numerics.param_dtype), jnp.dtype(numerics.compute_dtype)
+        layer = Mixture(experts, ACTIVATIONS[shape.activation], spread, dtypes, self.layout, name="experts")
+        return layer(y, segments)
+
+
+def _turns(shape: Shape, positions: Array, longest: Array) -> tuple[Array, Array] | None:
+    """Sines and cosines of each kind of layer, stacked if there are several; None if no kind turns."""
+    distinct = dict.fromkeys(kind.rope for kind in shape.kinds if kind.rope is not None)
+    if not distinct:
+        return None
+    ropes = {rope: angles(rope, shape.head_dim, positions, longest) for rope in distinct}
+    sines, cosines = next(iter(ropes.values()))
+    still = jnp.zeros_like(sines), jnp.ones_like(cosines)
+    every = [still if kind.rope is None else ropes[kind.rope] for kind in shape.kinds]
+    return every[0] if len(every) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *every)
 
 
 class Decoder(_Module):
-    """Tokens to hidden states, after the final norm, and each layer's keys and values if it keeps them."""
+    """Tokens to hidden states, after the final norm; each layer's keys and values, and its balance, as asked for."""
 
     keep: bool = False
+    weigh: bool = False
 
     @nn.compact
     def __call__(
         self, tokens: Array, seen: Array, positions: Array, cache: Cache | None = None
-    ) -> tuple[Array, Cache | None]:
+    ) -> tuple[Array, Cache | None, Array | None]:
         shape, numerics = self.shape, self.numerics
         init = nn.initializers.normal(shape.spread)
         dtype = jnp.dtype(numerics.param_dtype)
@@ -152,15 +215,24 @@ class Decoder(_Module):
             self.param("head", init, (shape.vocab, shape.width), dtype)
         # Looked up whole along its width: the partitioner can't look up a table that is cut both ways.
         x = jnp.take(self.layout.constrain(table, "vocab", None), tokens, axis=0).astype(numerics.compute_dtype)
+        if shape.embed_scale != 1:
+            x *= jnp.asarray(shape.embed_scale, x.dtype)
+        if shape.learned_positions:
+            table = nn.Embed(
+                shape.length, shape.width, embedding_init=init, param_dtype=dtype, name="positions"
+            ).embedding
+            # Padding may stand anywhere.
+            x += jnp.take(self.layout.constrain(table, None, None), positions, axis=0, mode="clip").astype(x.dtype)
         x = self.layout.constrain(x, "rows", None, None)
-        sines, cosines = angles(shape.rope, shape.head_dim, positions)
         stack = nn.scan(
             REMAT[numerics.remat](Block), variable_axes={"params": 0}, split_rngs={"params": True},
-            in_axes=(0, nn.broadcast), length=shape.layers,  # pyright: ignore[reportArgumentType]
+            in_axes=(0, 0, nn.broadcast), length=shape.layers,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        layers = stack(shape, numerics, self.layout, self.keep, name="layers")
-        x, kept = layers(x, cache, (seen, sines, cosines))
-        return self.norm("final_norm", x), kept
+        layers = stack(shape, numerics, self.layout, self.adapter, self.keep, self.weigh, name="layers")
+        context = Context(seen, _turns(shape, positions, furthest(seen, positions) if cache is None else positions))
+        kinds = jnp.asarray(shape.pattern, jnp.int32) if len(shape.kinds) > 1 else None
+        x, (kept, balance) = layers(x, cache, kinds, context)
+        return self.norm("final_norm", x), kept, balance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +240,23 @@ class Model:
     """A decoder as pure functions of its parameters. Hashable: a jitted function may close over it.
 
     `source` is the JSON text of the Hugging Face config it was made from, so that it can be written back.
+    With an `adapter` the parameters hold its leaves too (`lora.join`); without it the same functions run on the
+    base, whose kernels may be quantised.
     """
 
     shape: Shape
     numerics: Numerics = Numerics()
     layout: Layout = Layout()
     source: str = ""
+    adapter: Lora | None = None
+
+    def without_adapter(self) -> "Model":
+        """The base: the same model with its adapter switched off."""
+        return dataclasses.replace(self, adapter=None)
 
     @property
     def _module(self) -> Decoder:
-        return Decoder(self.shape, self.numerics, self.layout)
+        return Decoder(self.shape, self.numerics, self.layout, self.adapter)
 
     def shapes(self) -> Params:
         """The parameters as shapes and dtypes; nothing is computed, nor compiled."""
@@ -196,28 +275,30 @@ class Model:
           segments: [B, T] int; a token sees only tokens of its own segment; 0 is padding.
           positions: [B, T] int, from 0 within each segment.
         """
-        hidden, _ = self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[misc]
+        hidden, _, _ = self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[misc]
         return hidden
 
     def prefill(self, params: Params, tokens: Array, segments: Array, positions: Array) -> tuple[Array, Cache]:
         """`apply`, and the keys and values of every token, in the compute dtype, [L, B, G, T, d]."""
-        module = Decoder(self.shape, self.numerics, self.layout, keep=True)
-        return module.apply({"params": params}, tokens, segments, positions)  # type: ignore[return-value]
+        module = self._module.clone(keep=True)
+        hidden, cache, _ = module.apply({"params": params}, tokens, segments, positions)  # type: ignore[misc]
+        return hidden, cache  # type: ignore[return-value]
 
     def decode(
-        self, params: Params, tokens: Array, positions: Array, cache: Cache, visible: Array
+        self, params: Params, tokens: Array, positions: Array, cache: Cache, distance: Array
     ) -> tuple[Array, Cache]:
         """One token a row behind those of a cache.
 
         Args:
           tokens, positions: [B] int, the token and its place in its row.
           cache: of S tokens, [L, B, G, S, d], in any order: their positions are in the keys.
-          visible: [B, S] bool, which of them the row's token sees, besides itself.
+          distance: [B, S] int, how many tokens before the row's new one each of them stands; 0 or less: it is
+            not seen. Layers with a window see those that are nearer than it.
         Returns: the hidden states [B, D] as `apply` gives them, and the token's own keys and values
           [L, B, G, 1, d], which the caller puts into the cache.
         """
-        module = Decoder(self.shape, self.numerics, self.layout, keep=True)
-        hidden, new = module.apply({"params": params}, tokens[:, None], visible, positions[:, None], cache)  # type: ignore[misc]
+        module = self._module.clone(keep=True)
+        hidden, new, _ = module.apply({"params": params}, tokens[:, None], distance, positions[:, None], cache)  # type: ignore[misc]
         return hidden[:, 0], new  # type: ignore[return-value]
 
     def head(self, params: Params) -> Head:
@@ -247,13 +328,20 @@ class Model:
 
         Args:
           rows: tokens, segments, positions [B, T] int and mask [B, T] bool, True where asked.
+          want: balance is that of the experts (`experts.balance`), averaged over layers; it is about token t
+            where it stands, of every token that isn't padding, whatever the mask.
         """
-        hidden = self.apply(params, rows["tokens"], rows["segments"], rows["positions"])
+        inputs = rows["tokens"], rows["segments"], rows["positions"]
+        module = self._module.clone(weigh="balance" in want)
+        hidden, _, balance = module.apply({"params": params}, *inputs)  # type: ignore[misc]
+        if module.weigh and balance is None:
+            raise ValueError("a model without experts has no balance to give")
         ahead = lambda x: jnp.roll(x, -1, axis=1)
         same = (ahead(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
         stats = token_logprobs(
             hidden, self.head(params), ahead(rows["tokens"]), ahead(rows["mask"]) & same,
-            temperature=temperature, soft_cap=self.shape.soft_cap, want=want,
-            chunk=self.numerics.chunk, layout=self.layout,
+            temperature=temperature, soft_cap=self.shape.soft_cap,
+            want=tuple(stat for stat in want if stat != "balance"), chunk=self.numerics.chunk, layout=self.layout,
         )  # fmt: skip
-        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
+        stats = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
+        return stats if balance is None else stats._replace(balance=jnp.mean(balance, axis=0))

@@ -110,6 +110,7 @@ class Sampler:
         check(sampling)
         context = self.model.shape.length
         _check_prompts(prompts, context)
+        _check_turns(prompts, sampling.max_new_tokens, self.model.shape.turning_point)
         if not prompts:
             return
         longest = max(map(len, prompts))
@@ -185,4 +186,14 @@ def _check_prompts(prompts: Sequence[np.ndarray], context: int) -> None:
             raise UserError(
                 f"prompt number {number + 1} has {len(prompt)} tokens; it must have at least 1 and fewer than the "
                 f"model's context of {context}."
+            )
+
+
+def _check_turns(prompts: Sequence[np.ndarray], new: int, point: int | None) -> None:
+    """A cache holds keys that are turned already, so no row may pass the point where they turn otherwise."""
+    for number, prompt in enumerate(prompts):
+        if point is not None and len(prompt) <= point < len(prompt) + new:
+            raise UserError(
+                f"prompt number {number + 1} has {len(prompt)} tokens and with max_new_tokens {new} may pass {point}, "
+                f"where the model's rope turns all tokens otherwise; allow at most {point - len(prompt)} new tokens."
             )

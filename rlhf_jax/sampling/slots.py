@@ -64,7 +64,7 @@ def empty(model: Model, slots: int, prompt: int, new: int) -> Slots:
 
 
 def places(layout: Layout) -> Slots:
-    """Where each part lies on the mesh: rows over data and fsdp, heads over tensor."""
+    """Where each part lies on the mesh: rows over data, fsdp and expert, heads over tensor."""
     columns: Any = (None, "rows", "heads", None, None)
     rows, table = ("rows",), ("rows", None)
     axes: dict[str, Any] = {
@@ -178,7 +178,8 @@ def _feed(model: Model, params: Any, slots: Slots, token: Array, count: Array, c
     """Hidden states behind the new token of each slot, and its keys and values; `count` has that token in."""
     ring = slots.tokens.shape[1]
     prompt = slots.cache.keys.shape[3] - ring
-    age = (column - jnp.arange(ring)) % ring  # how many steps ago a column was written; 0 is the new token's
-    earlier = (age[None] > 0) & (age[None] < count[:, None])
-    visible = jnp.concatenate([jnp.arange(prompt)[None] < slots.prompt[:, None], earlier], axis=1)
-    return model.decode(params, token, slots.prompt + count - 1, slots.cache, visible)
+    position, place = slots.prompt + count - 1, jnp.arange(prompt)[None]
+    age = ((column - jnp.arange(ring)) % ring)[None]  # how many steps ago a column was written; 0 is the new token's
+    before = jnp.where(place < slots.prompt[:, None], position[:, None] - place, 0)
+    distance = jnp.concatenate([before, jnp.where(age < count[:, None], age, 0)], axis=1)
+    return model.decode(params, token, position, slots.cache, distance)

@@ -2,7 +2,6 @@
 
 # pyright: reportMissingImports=false
 
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -12,19 +11,18 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.models.decoder import Model, Params
+from rlhf_jax.models.decoder import Params
 from rlhf_jax.sampling.distribution import Sampling, filtered, knobs
 from rlhf_jax.sampling.sampler import Completion, Sampler
 from tests.parity.checkpoints import VOCAB
+from tests.parity.sides import TOLERANCE, Pair
 
 NEW = 24
-LENGTHS = (1, 2, 9, 16, 33, 57, 100)  # the last ones are beyond the original length where the rope is stretched
+# The last ones are beyond every window, and the original length where the rope is stretched.
+LENGTHS = (1, 2, 9, 16, 33, 57, 100)
 SLOTS = 4  # fewer than prompts, so that slots are filled again
-TOLERANCE = 1e-4
 NEVER = VOCAB  # a token that the model does not have
 
-Pair = tuple[Model, Params]
 Expected = list[tuple[np.ndarray, np.ndarray]]  # of each prompt, the tokens and their log-probabilities
 
 
@@ -38,30 +36,27 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ours(folder: pathlib.Path) -> Pair:
-    return hf.read(str(folder))
-
-
-@pytest.fixture(scope="module")
 def sampler(ours: Pair) -> Sampler:
     assert ours[0].numerics.compute_dtype == ours[0].numerics.param_dtype == "float32"
     return Sampler(ours[0], slots=SLOTS)
 
 
-def _prompts() -> list[np.ndarray]:
+def _prompts(point: int | None) -> list[np.ndarray]:
+    """None that a completion would carry past the point where longrope turns otherwise: that is refused."""
     random = np.random.default_rng(3)
-    return [random.integers(3, VOCAB, length).astype(np.int32) for length in LENGTHS]
+    prompts = [random.integers(3, VOCAB, length).astype(np.int32) for length in LENGTHS]
+    return [prompt for prompt in prompts if point is None or not len(prompt) <= point < len(prompt) + NEW]
 
 
 def _ours(sampler: Sampler, params: Params, stop: int = NEVER, penalty: float = 1.0) -> list[Completion]:
     greedy = Sampling(temperature=0.0, max_new_tokens=NEW, repetition_penalty=penalty)
-    done = sampler.generate(params, _prompts(), greedy, jax.random.key_data(jax.random.key(0)), stop_ids=(stop,))
-    return [completion for (completion,) in done]
+    prompts, key = _prompts(sampler.model.shape.turning_point), jax.random.key_data(jax.random.key(0))
+    return [completion for (completion,) in sampler.generate(params, prompts, greedy, key, stop_ids=(stop,))]
 
 
-def _theirs(model: PreTrainedModel, stop: int = NEVER, penalty: float = 1.0) -> Expected:
+def _theirs(model: PreTrainedModel, ours: Pair, stop: int = NEVER, penalty: float = 1.0) -> Expected:
     """Each prompt by itself: padding would count for the repetition penalty."""
-    return [_completion(model, prompt, stop, penalty) for prompt in _prompts()]
+    return [_completion(model, prompt, stop, penalty) for prompt in _prompts(ours[0].shape.turning_point)]
 
 
 def _completion(model: PreTrainedModel, prompt: np.ndarray, stop: int, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +80,9 @@ def _agree(got: list[Completion], expected: Expected) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain(theirs: PreTrainedModel) -> Expected:
+def plain(theirs: PreTrainedModel, ours: Pair) -> Expected:
     """Without an end token or a penalty."""
-    return _theirs(theirs)
+    return _theirs(theirs, ours)
 
 
 def test_greedy_completions_are_transformers(ours: Pair, sampler: Sampler, plain: Expected) -> None:
@@ -95,23 +90,29 @@ def test_greedy_completions_are_transformers(ours: Pair, sampler: Sampler, plain
     _agree(_ours(sampler, ours[1]), plain)
 
 
+# What follows has nothing to do with the family.
+few = pytest.mark.parametrize("case", ["llama3", "qwen2-windows", "pythia"], indirect=True, scope="session")
+
+
+@few
 def test_completions_end_where_transformers_do(
     ours: Pair, sampler: Sampler, theirs: PreTrainedModel, plain: Expected
 ) -> None:
     """With the end token as the last one of the completion on both sides."""
     stop = int(plain[2][0][NEW // 2])
     got = _ours(sampler, ours[1], stop)
-    _agree(got, _theirs(theirs, stop))
+    _agree(got, _theirs(theirs, ours, stop))
     assert got[2].stop == "end" and len(got[2].tokens) <= NEW // 2 + 1
     for completion in got:
         assert completion.stop == ("end" if stop in completion.tokens else "length")
 
 
+@few
 def test_the_repetition_penalty_is_transformers(
     ours: Pair, sampler: Sampler, theirs: PreTrainedModel, plain: Expected
 ) -> None:
     """Tokens of the prompt and of the completion count; the log-probabilities are those without a penalty."""
-    expected = _theirs(theirs, penalty=1.3)
+    expected = _theirs(theirs, ours, penalty=1.3)
     changed = [not np.array_equal(a, b) for (a, _), (b, _) in zip(expected, plain, strict=True)]
     assert sum(changed) > len(LENGTHS) // 2, "the penalty must be seen"
     _agree(_ours(sampler, ours[1], penalty=1.3), expected)

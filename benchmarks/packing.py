@@ -54,7 +54,7 @@ class Side:
 
 def main() -> None:
     """Prints the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What packing gains.")
     parser.add_argument("--model", required=True, help="Hugging Face checkpoint")
     parser.add_argument("--data", required=True, help="rows")
     parser.add_argument("--algorithm", default="sft")

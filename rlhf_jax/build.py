@@ -236,7 +236,7 @@ def build(config: Config, workdir: epath.Path) -> Built:
         )
     train = dataset.unpaired(data.train) if form == "labelled" else data.train
     # Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
-    if len({len(example.completions) for example in held_out}) > 1:
+    if form == "labelled" and len({len(example.completions) for example in held_out}) > 1:
         held_out = dataset.unpaired(held_out)
     if form == "labelled" and len({example.prompt for example in held_out}) == 1:
         raise UserError(

@@ -90,7 +90,7 @@ def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tup
         fixed = params()
         order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].completions)))
         place = {example.index: i for i, example in enumerate(examples)}
-        values = np.empty((len(examples), len(examples[0].completions)), np.float32)
+        values = np.empty((len(examples), max(len(example.completions) for example in examples)), np.float32)
         for part in built.rows_once([examples[i] for i in order], mismatched=False):
             batch = sharding.place_rows(part, built.mesh)
             index = sharding.fetch(batch["index"]).reshape(-1)

@@ -80,7 +80,8 @@ def test_dpo_sets_the_name_of_the_loss_alone_so_that_another_name_always_works()
     config = flags.load(str(ROOT / "configs/dpo.py"))
     assert config.loss == type(config.loss)(name="dpo")
     for name, loss in ALGORITHMS[config.algorithm].LOSSES.items():
-        assert registry.arguments("loss", loss, dataclasses.replace(config.loss, name=name))["beta"] == 0.1
+        beta = registry.arguments("loss", loss, dataclasses.replace(config.loss, name=name))["beta"]
+        assert beta == (2.0 if name == "simpo" else 0.1)  # simpo's is of token means
     weights = registry.arguments("loss", ALGORITHMS["preference"].LOSSES["kto"], type(config.loss)(name="kto"))
     assert weights["desirable_weight"] == weights["undesirable_weight"] == 1
 

@@ -91,16 +91,17 @@ def test_no_token_of_an_epoch_is_lost(n, k, seed):
 
 
 def test_examples_may_have_unlike_numbers_of_completions():
-    """Ranked groups: a lane without a completion stays empty, and `lengths` says so."""
-    made = [dataclasses.replace(e, labels=()) for k in (2, 3, 4) for e in examples(5, k, seed=k)]
-    made = [dataclasses.replace(example, index=place) for place, example in enumerate(made)]
+    """Ranked groups: a lane without a completion stays empty."""
+    made = [e for k in (2, 3, 4) for e in examples(5, k, seed=k)]
+    ranked = lambda e, i: dataclasses.replace(e, labels=(), ranks=tuple(range(len(e.completions))), index=i)
+    made = [ranked(example, place) for place, example in enumerate(made)]
     for batch in once(made, batch_size=4, length=LENGTH, pack=True):
-        assert batch["lengths"].shape == (4, batch["weight"].shape[1], 4)
+        assert "labels" not in batch and batch["ranks"].shape == (4, batch["weight"].shape[1], 4)
         for b, m in zip(*np.nonzero(batch["weight"]), strict=True):
             example = made[batch["index"][b, m]]
             sizes = [int((batch["segments"][b, lane] == m + 1).sum()) for lane in range(4)]
-            expected = [len(c) for c in example.completions] + [0] * (4 - len(example.completions))
-            assert sizes == expected == batch["lengths"][b, m].tolist()
+            assert sizes == [len(c) for c in example.completions] + [0] * (4 - len(example.completions))
+            assert batch["ranks"][b, m, : len(example.ranks)].tolist() == list(example.ranks)
 
 
 @FEW

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair, cpo, dpo, hinge, ipo, orpo, simpo
+from rlhf_jax.losses.ranked import RANKED, Ranked, dpo_pl
 from rlhf_jax.losses.supervised import SUPERVISED, Tokens, dft, nll
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer, kto
 
@@ -105,6 +106,16 @@ def cpo64(p: list[np.ndarray], beta: float, alpha: float, label_smoothing: float
     return smooth - alpha * p[0] / p[2]
 
 
+def dpo_pl64(p: list[np.ndarray], beta: float) -> np.ndarray:
+    """Stage by stage, from the best down, over the completions that are there."""
+    out = []
+    for logprob, ref, rank, present in zip(*p, strict=True):
+        reward = {i: beta * (logprob[i] - ref[i]) for i in np.flatnonzero(present)}
+        worse = {i: [r for j, r in reward.items() if rank[j] > rank[i]] for i in reward}
+        out.append(sum(np.log(np.exp(reward[i]) + np.sum(np.exp(worse[i]))) - reward[i] for i in reward))
+    return np.asarray(out)
+
+
 def kto64(p: list[np.ndarray], beta: float, desirable_weight: float, undesirable_weight: float) -> np.ndarray:
     x = beta * (p[0] - p[1] - p[3])
     return np.where(p[2], desirable_weight / (1 + np.exp(x)), undesirable_weight / (1 + np.exp(-x)))
@@ -123,6 +134,8 @@ PAIR = [*-RNG.uniform(5, 60, (4, 8)), *RNG.integers(1, 20, (2, 8)).astype(float)
 ANSWER = [-RNG.uniform(5, 60, 8), -RNG.uniform(5, 60, 8), RNG.random(8) < 0.5, RNG.uniform(0, 3, 8)]
 POLICY = [PAIR[0], PAIR[1], *PAIR[4:]]
 MEANS = [np.append(-RNG.uniform(0.05, 6, 6), [-1e-4, -30.0]), -RNG.uniform(0.05, 6, 8)]
+RANKS = np.array([[0, 1, 2, 3], [2, 0, 0, 1], [1, 1, 0, 9], [0, 1, 9, 9]], float)
+GROUP = [*-RNG.uniform(5, 60, (2, 4, 4)), RANKS, RANKS < 9]
 TOKENS = [-RNG.uniform(0.1, 5, (2, 4)), RNG.uniform(1, 9, (2, 4))]
 CASES: dict[str, tuple[type, list[np.ndarray], Callable, dict[str, Any]]] = {
     "dpo": (Pair, PAIR, dpo64, {"beta": 0.3, "label_smoothing": 0.2}),
@@ -132,6 +145,7 @@ CASES: dict[str, tuple[type, list[np.ndarray], Callable, dict[str, Any]]] = {
     "orpo": (MeanPair, MEANS, orpo64, {"beta": 0.3}),
     "simpo": (MeanPair, MEANS, simpo64, {"beta": 2.5, "margin": 1.25}),
     "cpo": (PolicyPair, POLICY, cpo64, {"beta": 0.1, "alpha": 0.7, "label_smoothing": 0.2}),
+    "dpo_pl": (Ranked, GROUP, dpo_pl64, {"beta": 0.1}),
     "kto": (Answer, ANSWER, kto64, {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}),
     "nll": (Tokens, TOKENS, nll64, {"z_loss": 0.1}),
     "dft": (Tokens, TOKENS, dft64, {}),
@@ -139,7 +153,7 @@ CASES: dict[str, tuple[type, list[np.ndarray], Callable, dict[str, Any]]] = {
 
 
 def test_every_loss_has_an_oracle():
-    assert {name.split()[0] for name in CASES} == set(LOSSES) == {*SUPERVISED, *PREFERENCE, *UNPAIRED}
+    assert {name.split()[0] for name in CASES} == set(LOSSES) == {*SUPERVISED, *PREFERENCE, *RANKED, *UNPAIRED}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -154,9 +168,15 @@ def test_value_and_gradient_agree_with_the_oracle(name):
             return jnp.sum(loss(as_arrays._replace(**{field: x}), **numbers))
 
         gradient = jax.grad(with_one)(as_arrays[place])
-        step = 1e-5
-        moved = [[x + sign * step * (i == place) for i, x in enumerate(inputs[:2])] + inputs[2:] for sign in (1, -1)]
-        slope = (oracle(moved[0], **numbers) - oracle(moved[1], **numbers)) / (2 * step)
+        step, shape = 1e-5, inputs[place].shape
+        # A loss of a row of several completions is moved one column at a time.
+        ways = [np.ones(shape)] if columns is not Ranked else [np.arange(shape[1]) == k for k in range(shape[1])]
+        slopes = []
+        for way in ways:
+            moved = ([x + sign * step * (i == place) * way for i, x in enumerate(inputs[:2])] for sign in (1, -1))
+            up, down = (oracle(first + inputs[2:], **numbers) for first in moved)
+            slopes.append((up - down) / (2 * step))
+        slope = slopes[0] if len(ways) == 1 else np.stack(slopes, axis=1)
         if name == "dft":  # the weight is held fixed
             slope = -np.exp(inputs[0])
         np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
@@ -212,3 +232,22 @@ def test_orpo_is_finite_where_a_completion_is_certain_or_impossible():
     edges = MeanPair(*f32([0.0, -1e-30, -200.0, 0.0], [-3.0, -200.0, -1e-30, 0.0]))
     value, slopes = jax.value_and_grad(lambda pair: jnp.sum(orpo(pair)))(edges)
     assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(NATS, BETA)
+def test_a_ranking_of_two_is_a_pair_and_absent_completions_change_nothing(logprobs, beta):
+    pair = pair_of(logprobs)
+    two = lambda *columns: jnp.stack(columns, axis=1)
+    policy, ref = two(pair.chosen, pair.rejected), two(pair.ref_chosen, pair.ref_rejected)
+    rank, present = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
+    expected = dpo(pair, beta=beta)
+    np.testing.assert_allclose(dpo_pl(Ranked(policy, ref, rank, present), beta=beta), expected, rtol=1e-5, atol=1e-6)
+    more = Ranked(*(jnp.pad(x, ((0, 0), (0, 2))) for x in (policy, ref, rank, present)))
+    np.testing.assert_allclose(dpo_pl(more, beta=beta), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_without_completions_has_no_loss_and_no_gradient():
+    empty = Ranked(*jnp.full((2, 1, 3), -jnp.inf), jnp.zeros((1, 3)), jnp.zeros((1, 3), bool))
+    value, slope = jax.value_and_grad(lambda x: jnp.sum(dpo_pl(empty._replace(logprob=x))))(empty.logprob)
+    assert value == 0 and not np.asarray(slope).any()

@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.ops.layout import Layout
-from rlhf_jax.ops.logprobs import Head, Stat, token_logprobs
+from rlhf_jax.ops.logprobs import Head, HeadStat, token_logprobs
 from rlhf_jax.sharding import MeshShape, make_mesh
 
-WANT: tuple[Stat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq")
+WANT: tuple[HeadStat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq")
 LEARNT = ("hidden", "kernel", "bias")
 B, T, D, V = 8, 6, 4, 12  # one shape for nearly all tests, so that they share what was compiled
 few = settings(max_examples=10, deadline=None)
@@ -102,7 +102,7 @@ STATIC = ("soft_cap", "with_bias", "want", "chunk", "layout")
 
 @functools.partial(jax.jit, static_argnames=STATIC, compiler_options=QUICK)
 def run(
-    p: Problem, *, with_bias: bool = True, want: tuple[Stat, ...] = WANT, chunk: int = 16, **how
+    p: Problem, *, with_bias: bool = True, want: tuple[HeadStat, ...] = WANT, chunk: int = 16, **how
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What was asked for, and the gradient of `weighed` at what is learnt."""
 
@@ -148,7 +148,7 @@ def test_values_and_gradients_are_the_oracles(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", WANT)
-def test_each_statistic_alone(name: Stat) -> None:
+def test_each_statistic_alone(name: HeadStat) -> None:
     """Its own gradient, so that errors of two statistics cannot cancel, and nothing that was not asked for."""
     p = draw(2)
     p = p._replace(weights=p.weights * (np.array(WANT) == name)[:, None, None])

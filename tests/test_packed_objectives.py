@@ -22,6 +22,7 @@ from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.losses.ranked import Ranked
 from rlhf_jax.losses.supervised import Tokens
 from rlhf_jax.losses.unpaired import Answer
 from rlhf_jax.models.decoder import Model
@@ -35,6 +36,7 @@ FILES = {
     "alpaca-en-demo": ("alpaca-en-demo/train.jsonl", "auto", "demonstration"),
     "oasst": ("oasst-en-100-trees/train.jsonl", "oasst", "demonstration"),
     "oasst ranked": ("oasst-en-100-trees/train.jsonl", "oasst_ranking", "pair"),
+    "oasst in groups": ("oasst-en-100-trees/train.jsonl", "oasst_ranking", "ranking"),
     "hh-helpful-cleaned": ("hh-helpful-cleaned/train.jsonl", "auto", "pair"),
     "hh-helpful-cleaned as answers": ("hh-helpful-cleaned/train.jsonl", "auto", "labelled"),
     "llama-factory pairs": ("llama-factory-feedback/dpo_en_demo.train.jsonl", "auto", "pair"),
@@ -54,9 +56,10 @@ class Problem:
         return jax.jit(lambda params, rows: self.model.token_stats(params, flat_rows(rows)).logprobs)
 
     @functools.cache  # noqa: B019 (lives as long as the module)
-    def gradient(self, pairs: bool) -> Any:
-        """(params, batch, which) -> value and gradient of one of all losses, in one program."""
-        families = FAMILIES if pairs else {takes: FAMILIES[takes] for takes in (Tokens, Answer)}
+    def gradient(self, form: str) -> Any:
+        """(params, batch, which) -> value and gradient of one of the losses of a form, in one program; their names."""
+        kept = {"pair": tuple(FAMILIES), "ranking": (Ranked,)}
+        families = {takes: FAMILIES[takes] for takes in kept.get(form, (Tokens, Answer))}
         objective = every_loss(self.model, families)
 
         def value(params: Any, batch: Batch, which: Any) -> Any:
@@ -82,13 +85,16 @@ def packed_batch(file: pathlib.Path, reading: str, form: Any, encoder: Encoder) 
     if form == "labelled":
         examples = dataset.unpaired(examples)
     third = lambda example: abs(max(map(len, example.completions)) - LENGTH / 3)  # so that two or three fit a row
+    if form == "ranking":
+        examples = [dataclasses.replace(e, completions=e.completions[:3], ranks=e.ranks[:3]) for e in examples]
     examples = sorted(examples, key=third)[:EXAMPLES]
     loader = Loader(examples, batch_size=ROWS, length=LENGTH, pack=True, mismatched=form == "labelled")
     loader.most = MOST
     batch = loader.batch(0)
     rng = np.random.default_rng(0)
     shape = (ROWS, MOST, batch["tokens"].shape[1])
-    batch.setdefault("labels", np.ones(shape, np.bool_))
+    if "ranks" not in batch:
+        batch.setdefault("labels", np.ones(shape, np.bool_))
     return batch | {
         "ref_logprob": rng.normal(-60, 20, shape).astype(np.float32),
         "baseline": np.full(shape[:2], 0.4, np.float32),
@@ -113,7 +119,7 @@ def unpacked(batch: Batch) -> Batch:
     """The batch's examples a row each, the rest padding rows."""
     used = batch["weight"] > 0
     out = spread(batch, np.argwhere(used))
-    for name in ("weight", "labels", "ref_logprob", "baseline"):
+    for name in {"weight", "labels", "ranks", "ref_logprob", "baseline"} & batch.keys():
         out[name] = np.zeros((ROWS * MOST, *batch[name].shape[2:]), batch[name].dtype)
         out[name][: used.sum()] = batch[name][used]
     if "mismatched" in batch:
@@ -139,7 +145,7 @@ def test_packed_rows_say_and_teach_what_single_rows_do(name, problem, shared):
         said = [by_token(problem.tokens(problem.params, {n: x[n] for n in TOKENS}), x) for x in (packed, single)]
         assert len(said[0]) == len(said[1]) == packed["mask"].sum() > 0
         np.testing.assert_allclose(*said, rtol=0, atol=1e-5)
-    gradient, names = problem.gradient(form == "pair")
+    gradient, names = problem.gradient("single" if form in ("demonstration", "labelled") else form)
     drop = lambda rows: {name: column for name, column in rows.items() if name not in ("mismatched", "index")}
     for which, loss in enumerate(names):
         (value, grads), (expected, expected_grads) = (

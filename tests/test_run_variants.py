@@ -1,6 +1,7 @@
 """Whole runs of what a model and its rows may be: adapters, quantised bases, mixtures of experts, packed rows."""
 
 import dataclasses
+import json
 import math
 import pathlib
 from typing import Any
@@ -12,7 +13,11 @@ from etils import epath
 
 from experiments import export
 from rlhf_jax import run
+from rlhf_jax.build import load_tokenizer
 from rlhf_jax.config import Config, Loss, OptimizerConfig, Train
+from rlhf_jax.data import dataset
+from rlhf_jax.data.config import Data
+from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models import lora, start
@@ -128,7 +133,7 @@ def test_kto_on_a_quantised_base_is_measured_against_that_base(place, tmp_path):
     first, *_, last = lines(tmp_path / "metrics.jsonl")
     assert first["loss"] == pytest.approx(0.5, abs=1e-6) and first["kl"] == pytest.approx(0, abs=1e-5)
     assert last["loss"] != first["loss"]
-    merged, held = (load(epath.Path(tmp_path)) for load in (load_policy, load_trained))
+    merged, held = load_policy(epath.Path(tmp_path)), load_trained(epath.Path(tmp_path))
     base = start.load(held.found, held.model.without_adapter(), base="nf4")
     trained = held._replace(params=lora.join(held.params, base))
     np.testing.assert_allclose(logits(merged), logits(trained), atol=2e-5)
@@ -165,3 +170,29 @@ def test_a_loss_without_a_reference_asks_none(place, loss, tmp_path, capsys):
     assert not list((tmp_path / "cache").glob("*.safetensors"))
     evaluations = lines(tmp_path / "run" / "eval.jsonl")
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"]
+
+
+def test_ranked_groups_of_unlike_sizes_train_packed_and_padded(place, tmp_path):
+    """At the reference each of k! orders is as likely: the first loss is the mean of log k!."""
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    ranked = [
+        {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"], " star"][: 2 + i % 2], "ranks": r}
+        for i, row in enumerate(rows)
+        for r in ([[1, 2], [2, 3, 1]][i % 2],)
+    ]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    config = make_config(place, "dpo_pl", train=Train(steps=3, batch_size=4))
+    for pack in (False, True):
+        data = dataclasses.replace(config.data, path=(str(tmp_path / "ranked.jsonl"),), pack=pack)
+        workdir = tmp_path / f"pack-{pack}"
+        run.train(dataclasses.replace(config, data=data), str(workdir))
+        before, after = (lines(workdir / "eval.jsonl")[i] for i in (0, -1))
+        sizes = [2 + (row["index"] % 2) for row in held_out(config, data)]
+        assert before["eval/loss"] == pytest.approx(np.mean([math.lgamma(k + 1) for k in sizes]), rel=1e-5)
+        assert after["eval/loss"] < before["eval/loss"] and after["eval/rewards/margins"] > 0
+
+
+def held_out(config: Config, data: Data) -> list[dict[str, Any]]:
+    encoder = Encoder(load_tokenizer(epath.Path(str(config.model.path))))
+    kept = dataset.load(data, encoder, "ranking", 64, config.seed).evaluation
+    return [dataclasses.asdict(example) for example in kept]

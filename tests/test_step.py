@@ -16,6 +16,7 @@ import pytest
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.step import Objective, Term, flat_rows
 from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair
+from rlhf_jax.losses.ranked import RANKED, Ranked
 from rlhf_jax.losses.supervised import SUPERVISED, Tokens
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer
 from rlhf_jax.models.decoder import Model
@@ -23,7 +24,7 @@ from rlhf_jax.sharding import MeshShape
 from tests import problem
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
-FAMILIES = {Tokens: SUPERVISED, Answer: UNPAIRED} | {
+FAMILIES = {Tokens: SUPERVISED, Answer: UNPAIRED, Ranked: RANKED} | {
     takes: {name: loss for name, loss in PREFERENCE.items() if get_type_hints(loss)["pair"] is takes}
     for takes in (Pair, PolicyPair, MeanPair)
 }
@@ -31,7 +32,7 @@ NAMES = [name for losses in FAMILIES.values() for name in losses]
 STEPS = 5
 # Rates at which the loss of each moves by a per cent and more, under AdamW and under plain descent.
 ADAM, PLAIN = 3e-3, {"nll": 0.3, "dft": 3.0, "dpo": 0.3, "ipo": 2e-2, "hinge": 0.2, "kto": 1.0}
-PLAIN |= {"orpo": 0.3, "simpo": 3.0, "cpo": 0.1}
+PLAIN |= {"dpo_pl": 0.3, "orpo": 0.3, "simpo": 3.0, "cpo": 0.1}
 
 
 class Once:

@@ -22,15 +22,17 @@ from rlhf_jax.algorithms.step import (
     whole,
 )
 from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair
+from rlhf_jax.losses.ranked import RANKED, Ranked
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer
 from rlhf_jax.models.decoder import Model
 
-LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **UNPAIRED}
+LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
 # What a loss takes decides what a row is, and whether a reference is asked.
 READS = {
     Pair: Reads("pair", reference=True),
     PolicyPair: Reads("pair", reference=False),
     MeanPair: Reads("pair", reference=False),
+    Ranked: Reads("ranking", reference=True),
     Answer: Reads("labelled", reference=True),
 }
 
@@ -39,7 +41,9 @@ class Said(NamedTuple):
     """What a batch says of its N examples, each of K completions; those of a packed row stand together."""
 
     weight: Array  # [N]
-    labels: Array  # [N, K] float32, 1 desirable
+    labels: Array  # [N, K] float32, 1 desirable; of a group those of the best rank are
+    ranks: Array  # [N, K] float32, the smaller the better
+    present: Array  # [N, K] bool, whether the example has this completion
     logprob: Array  # [N, K] nats, by the policy
     length: Array  # [N, K] completion tokens; 1 where an example has none
     ref_logprob: Array  # [N, K] nats, 0 without a reference
@@ -70,8 +74,17 @@ def _said(batch: Batch, logprob: Array, length: Array) -> Said:
     weight, nothing = batch["weight"].reshape(-1), jnp.zeros_like(logprob)
     column = lambda name: batch[name].reshape(logprob.shape) if name in batch else nothing
     baseline = batch["baseline"].reshape(-1) if "baseline" in batch else jnp.zeros_like(weight)
-    labels = column("labels").astype(jnp.float32)
-    return Said(weight, labels, logprob, jnp.maximum(length, 1), column("ref_logprob"), baseline)
+    present = length > 0
+    if "ranks" in batch:
+        ranks = column("ranks")
+        labels = ranks == jnp.min(jnp.where(present, ranks, jnp.inf), axis=1, keepdims=True)
+    else:
+        labels = column("labels")
+        ranks = 1.0 - labels
+    return Said(
+        weight, labels.astype(jnp.float32), ranks, present, logprob, jnp.maximum(length, 1), column("ref_logprob"),
+        baseline,
+    )  # fmt: skip
 
 
 # How each kind of loss is asked, and what its reward is before beta: [N] and [N, K].
@@ -91,6 +104,10 @@ def _mean_pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
     return loss(MeanPair(*means.T)), means
 
 
+def _ranked(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
+    return loss(Ranked(said.logprob, said.ref_logprob, said.ranks, said.present)), said.logprob - said.ref_logprob
+
+
 def _answer(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
     """The loss of an example's K answers is their mean."""
     baseline = jnp.repeat(said.baseline[:, None], said.logprob.shape[1], axis=1)
@@ -103,25 +120,28 @@ ASKED: Mapping[type, Callable[[Callable[..., Array], Said], tuple[Array, Array]]
     Pair: _pair,
     PolicyPair: _policy_pair,
     MeanPair: _mean_pair,
+    Ranked: _ranked,
     Answer: _answer,
 }
 
 
 def _metrics(said: Said, rewards: Array, beta: Array) -> dict[str, Mean]:
     """What is plotted of a preference run; a tie counts as half right."""
-    weight = jnp.broadcast_to(said.weight[:, None], said.labels.shape)
+    weight = said.weight[:, None] * said.present
     good, bad = weight * said.labels, weight * (1 - said.labels)
     mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
     chosen, rejected = mean(rewards, good), mean(rewards, bad)
-    if said.labels.shape[1] == 2:
-        margin = rewards[:, 0] - rewards[:, 1]
-    else:
-        margin = ((rewards - beta * said.baseline[:, None]) * (2 * said.labels - 1))[:, 0]
+    if said.labels.shape[1] == 1:
+        margin, compared = (rewards - beta * said.baseline[:, None]) * (2 * said.labels - 1), weight
+    else:  # every two completions of unlike rank
+        margin = rewards[:, :, None] - rewards[:, None, :]
+        better = said.ranks[:, :, None] < said.ranks[:, None, :]
+        compared = better * weight[:, :, None] * said.present[:, None, :]
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": Mean(jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])),
-        "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), said.weight),
+        "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), compared),
         "logps/chosen": mean(jax.lax.stop_gradient(said.logprob), good),
         "logps/rejected": mean(jax.lax.stop_gradient(said.logprob), bad),
     }
@@ -131,12 +151,12 @@ def make_objective(model: Model, loss: Callable[..., Array], takes: type, option
     """The mean over examples of a preference loss, and the experts' balance if the model has some.
 
     Args:
-      loss: one of `losses.preference` or `losses.unpaired`, called with hyper["loss"] (which must hold beta)
+      loss: one of `losses.preference`, `losses.ranked` or `losses.unpaired`, called with hyper["loss"] (which must hold beta)
         and `options` (its non-numeric arguments).
       takes: what it takes, a key of `READS`.
-    A batch has tokens, mask, segments, positions [B, K, T], labels [B, K] and weight [B]; with a reference
-    ref_logprob [B, K], and for losses of single answers baseline [B] from `make_prepare`. K is 2 for pairs. In a
-    packed batch these are [B, M, K] and [B, M].
+    A batch has tokens, mask, segments, positions [B, K, T], labels [B, K], or ranks for groups, and weight [B]; with
+    a reference ref_logprob [B, K], and for losses of single answers baseline [B] from `make_prepare`. K is 2 for
+    pairs. In a packed batch these are [B, M, K] and [B, M].
     """
 
     def objective(params, frozen, hyper, batch, key):
@@ -193,4 +213,4 @@ def make_prepare(
     def pair(state: TrainState, rows: Batch) -> Iterator[Batch]:
         yield rows
 
-    return {"pair": pair, "labelled": labelled}[READS[takes].form]
+    return labelled if READS[takes].form == "labelled" else pair

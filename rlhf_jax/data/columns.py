@@ -43,8 +43,8 @@ class Columns:
         missing = self.missing(examples)
         if missing:
             for example, row in zip(missing, compute(missing), strict=True):
-                keys = (key_of(completion) for completion in example.completions)
-                self._known.update(zip(keys, row.tolist(), strict=True))
+                known = zip(example.completions, row.tolist(), strict=False)  # an example may have fewer than K
+                self._known.update((key_of(completion), value) for completion, value in known)
             if write:
                 self._save()
         return len(missing)
@@ -62,5 +62,5 @@ class Columns:
         size = max((e.index for e in examples), default=-1) + 2
         table = np.zeros((size, max((len(e.completions) for e in examples), default=1)), np.float32)
         for example in examples:
-            table[example.index] = [self._known[key_of(c)] for c in example.completions]
+            table[example.index, : len(example.completions)] = [self._known[key_of(c)] for c in example.completions]
         return table

@@ -1,52 +1,70 @@
-"""What each kind of row gives to a loss that takes single answers, pairs or labelled answers."""
+"""What each kind of row gives to a loss that takes single answers, pairs, ranked groups or labelled answers."""
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Row, Stepwise, Text
 
-Form = Literal["demonstration", "pair", "labelled"]
-# (prompt, completions, labels) of each example that a row gives.
-Converted = Iterator[tuple[Text, tuple[Text, ...], tuple[bool, ...]]]
+Form = Literal["demonstration", "pair", "ranking", "labelled"]
 
 
-def _demonstration(row: Demonstration) -> Converted:
-    yield row.prompt, (row.completion,), ()
+class Made(NamedTuple):
+    """What one example is made of; labels and ranks are one a completion where the loss reads them."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    labels: tuple[bool, ...] = ()
+    ranks: tuple[float, ...] = ()
 
 
-def _chosen(row: Preference) -> Converted:
-    yield row.prompt, (row.chosen,), ()
+def _demonstration(row: Demonstration) -> Iterator[Made]:
+    yield Made(row.prompt, (row.completion,))
 
 
-def _pair(row: Preference) -> Converted:
-    yield row.prompt, (row.chosen, row.rejected), (True, False)
+def _chosen(row: Preference) -> Iterator[Made]:
+    yield Made(row.prompt, (row.chosen,))
 
 
-def _labelled(row: Labelled) -> Converted:
-    yield row.prompt, (row.completion,), (row.label,)
+def _pair(row: Preference) -> Iterator[Made]:
+    yield Made(row.prompt, (row.chosen, row.rejected), (True, False))
 
 
-def _best(row: Ranking) -> Converted:
+def _labelled(row: Labelled) -> Iterator[Made]:
+    yield Made(row.prompt, (row.completion,), (row.label,))
+
+
+def _best(row: Ranking) -> Iterator[Made]:
     best = min(range(len(row.ranks)), key=row.ranks.__getitem__)
-    yield row.prompt, (row.completions[best],), ()
+    yield Made(row.prompt, (row.completions[best],))
 
 
-def _ranked_pairs(row: Ranking) -> Converted:
+def _ranked_pairs(row: Ranking) -> Iterator[Made]:
     """Every two answers of different rank and different text."""
     order = sorted(range(len(row.ranks)), key=row.ranks.__getitem__)
     for better, worse in itertools.combinations(order, 2):
         pair = row.completions[better], row.completions[worse]
         if row.ranks[better] < row.ranks[worse] and pair[0] != pair[1]:
-            yield row.prompt, pair, (True, False)
+            yield Made(row.prompt, pair, (True, False))
 
 
-CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Converted]] = {
+def _group(row: Ranking) -> Iterator[Made]:
+    """All answers at once, each text as often as it is ranked."""
+    yield Made(row.prompt, row.completions, ranks=row.ranks)
+
+
+def _group_of_two(row: Preference) -> Iterator[Made]:
+    yield Made(row.prompt, (row.chosen, row.rejected), ranks=(0.0, 1.0))
+
+
+CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Iterator[Made]]] = {
     (Demonstration, "demonstration"): _demonstration,
     (Preference, "demonstration"): _chosen,
     (Ranking, "demonstration"): _best,
     (Preference, "pair"): _pair,
     (Ranking, "pair"): _ranked_pairs,
+    (Ranking, "ranking"): _group,
+    (Preference, "ranking"): _group_of_two,
     (Labelled, "labelled"): _labelled,
     # Pairs stay pairs until they are split and cut to length: `dataset.unpaired` makes single answers of them.
     (Preference, "labelled"): _pair,
@@ -55,6 +73,7 @@ CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Converted]] = {
 NEEDS: dict[Form, str] = {
     "demonstration": "answers to imitate",
     "pair": "pairs of a chosen and a rejected answer",
+    "ranking": "ranked answers or pairs",
     "labelled": "answers with a label",
 }
 HOLDS: dict[type[Row], str] = {

@@ -31,6 +31,7 @@ class Example:
         length or the seed.
       source: which path, counted from 0; those of `eval_path` continue those of `path`.
       where: file and line.
+      ranks: of a group one a completion, the smaller the better; else ().
     """
 
     completions: tuple[Tokens, ...]
@@ -39,6 +40,7 @@ class Example:
     index: int
     source: int
     where: str
+    ranks: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,7 @@ class _Item:
     prompt: Text
     completions: tuple[Text, ...]
     labels: tuple[bool, ...]
+    ranks: tuple[float, ...]
     index: int
     source: int
     where: str
@@ -246,8 +249,8 @@ def _items(
             continue
         first = len(items)
         for row in rows:
-            for prompt, completions, labels in CONVERSIONS[kind, form](row):
-                items.append(_Item(prompt, completions, labels, index, source, record.where, row.tools))
+            for made in CONVERSIONS[kind, form](row):
+                items.append(_Item(*made, index, source, record.where, row.tools))
                 index += 1
         if len(items) == first:
             notes.left.setdefault(record.where, "no two answers of different rank and text")
@@ -309,7 +312,7 @@ def _encoded(
         if longest > length:
             notes.cut[item.where] = None
         prompt = _hash(completions[0].prompt.tobytes())
-        kept.append((item, Example(fitted, item.labels, prompt, item.index, item.source, item.where)))
+        kept.append((item, Example(fitted, item.labels, prompt, item.index, item.source, item.where, item.ranks)))
     return kept
 
 
@@ -358,6 +361,7 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
         digest.update(b"part%d" % len(part))
         for example in part:
             digest.update(np.asarray([example.index, example.source, *example.labels], np.int64).tobytes())
+            digest.update(np.asarray(example.ranks, np.float64).tobytes())
             for tokens in example.completions:
                 digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
     return digest.hexdigest()

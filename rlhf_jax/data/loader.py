@@ -48,14 +48,14 @@ class Loader:
       weight    [B] float32, 1, or 0 for padding rows
       index     [B] int32, the example's index, -1 for padding rows
       labels    [B, K] bool, if the examples have labels
-      lengths   [B, K] int32, tokens of each completion with its prompt, if not all examples have K completions
+      ranks     [B, K] float32, if the examples have ranks; a completion that an example lacks has no token
     Rows are left-aligned.
     With `mismatched`, also a dict `mismatched` of tokens, mask, segments and positions of the same shapes:
     the prompt of a row with the completions of the next row of the order that has another prompt.
 
     With `pack`, a row holds up to M examples one behind the other, M what the fullest row holds: segments count
     them from 1, positions begin anew with each, T is the length, and weight and index are [B, M], labels and
-    lengths [B, M, K]. Which examples share a row is decided once, from the seed and the lengths; each epoch
+    ranks [B, M, K]. Which examples share a row is decided once, from the seed and the lengths; each epoch
     shuffles the rows.
     """
 
@@ -222,17 +222,17 @@ class Loader:
     def _columns(self, rows: Sequence[Sequence[Example]], most: int, k: int) -> Batch:
         """What is said of each example of each row."""
         weight, index = np.zeros((len(rows), most), np.float32), np.full((len(rows), most), -1, np.int32)
-        labels, lengths = (np.zeros((len(rows), most, k), kind) for kind in (np.bool_, np.int32))
+        labels, ranks = (np.zeros((len(rows), most, k), kind) for kind in (np.bool_, np.float32))
         for b, row in enumerate(rows):
             for m, example in enumerate(row):
                 weight[b, m], index[b, m] = 1, example.index
                 labels[b, m, : len(example.labels)] = example.labels
-                lengths[b, m, : len(example.completions)] = [len(c) for c in example.completions]
+                ranks[b, m, : len(example.ranks)] = example.ranks
         columns = {"weight": weight, "index": index}
         if self.examples[0].labels:
             columns["labels"] = labels
-        if (self._totals == 0).any():
-            columns["lengths"] = lengths
+        if self.examples[0].ranks:
+            columns["ranks"] = ranks
         return columns if self.packed else {name: column[:, 0] for name, column in columns.items()}
 
     def _crossed(self, place: int, partner: int) -> tuple[Tokens, ...]:

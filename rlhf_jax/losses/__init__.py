@@ -5,7 +5,8 @@ its hyper-parameters: they become flags by themselves.
 """
 
 from rlhf_jax.losses.preference import PREFERENCE
+from rlhf_jax.losses.ranked import RANKED
 from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.losses.unpaired import UNPAIRED
 
-LOSSES = {**SUPERVISED, **PREFERENCE, **UNPAIRED}
+LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED}

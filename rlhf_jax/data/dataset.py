@@ -147,7 +147,7 @@ class _Notes:
     too_long: dict[str, None] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     lost: int = 0
-    kept_as_text: int = 0
+    kept_as_text: dict[str, None] = dataclasses.field(default_factory=dict)
 
 
 def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> Dataset:
@@ -182,7 +182,7 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
     left = tuple(notes.left.items())
     report = Report(
         notes.read, len(train), len(evaluation), refused, cut, too_long, shared, left, notes.tokens, notes.lost,
-        notes.kept_as_text,
+        len(notes.kept_as_text),
     )  # fmt: skip
     if not train:
         raise UserError(_nothing_left(report, config.path, length))
@@ -298,7 +298,8 @@ def _encoded(
         completions = tuple(row for row in whole if isinstance(row, Tokens))
         longest, tokens = max(map(len, completions)), sum(map(len, completions))
         notes.tokens += tokens
-        notes.kept_as_text += any(map(encoder.keeps_as_text, (item.prompt, *item.completions)))
+        if any(map(encoder.keeps_as_text, (item.prompt, *item.completions))):
+            notes.kept_as_text[item.where] = None
         if longest > length and policy == "stop":
             raise UserError(
                 f"{item.where} has {longest} tokens and the length is {length}; "

@@ -55,18 +55,26 @@ SPANS = ("question", "passages", "feedback", "prediction 1")
 # the first that the loss takes is taken.
 PUBLISHED: dict[str, Format] = {
     "self_instruct": Format(("instruction", "instances"), Demonstration, published.self_instruct),
-    "oasst": Format(("message_tree_id", "prompt"), Demonstration, published.oasst),
-    "oasst_ranking": Format(("message_tree_id", "prompt"), Ranking, published.oasst_ranking),
+    "oasst": Format(("message_tree_id", "prompt"), Demonstration, published.oasst, published.is_tree),
+    "oasst_ranking": Format(("message_tree_id", "prompt"), Ranking, published.oasst_ranking, published.is_tree),
     "scored_transcripts": Format(
         ("text", "score"), Preference, published.scored_transcripts, published.is_scored_pair
     ),
-    "domain_normal": Format(("query", "responses"), Ranking, functools.partial(published.domain, "normal")),
-    "domain_academy": Format(("query", "responses"), Ranking, functools.partial(published.domain, "academy")),
-    "domain_business": Format(("query", "responses"), Ranking, functools.partial(published.domain, "business")),
-    "domain_entertainment": Format(
-        ("query", "responses"), Ranking, functools.partial(published.domain, "entertainment")
+    "domain_normal": Format(
+        ("query", "responses"), Ranking, functools.partial(published.domain, "normal"), published.is_by_domain
     ),
-    "domain_literature": Format(("query", "responses"), Ranking, functools.partial(published.domain, "literature")),
+    "domain_academy": Format(
+        ("query", "responses"), Ranking, functools.partial(published.domain, "academy"), published.is_by_domain
+    ),
+    "domain_business": Format(
+        ("query", "responses"), Ranking, functools.partial(published.domain, "business"), published.is_by_domain
+    ),
+    "domain_entertainment": Format(
+        ("query", "responses"), Ranking, functools.partial(published.domain, "entertainment"), published.is_by_domain
+    ),
+    "domain_literature": Format(
+        ("query", "responses"), Ranking, functools.partial(published.domain, "literature"), published.is_by_domain
+    ),
     "pandalm": Format(("instruction", "response1", "response2", "annotator1"), Preference, published.pandalm),
     "graded_pair": Format(("prompt", "completion_a", "completion_b", "preference"), Preference, published.graded_pair),
     "judged_pair": Format(("instruction", "output_1", "output_2", "preference"), Preference, published.judged_pair),
@@ -78,9 +86,9 @@ PUBLISHED: dict[str, Format] = {
     ),
     "mistake_index": Format(("input", "steps", "target", "answer"), Stepwise, published.mistake_index),
     "prm800k": Format(("question", "label"), Stepwise, published.prm800k, published.is_rated_solution),
-    "solutions": Format(("question", "ground_truth"), Labelled, published.solutions),
-    "problem": Format(("problem", "solution", "answer"), Prompt, published.problem),
-    "first_turn": Format(("turns", "question_id"), Prompt, published.first_turn),
+    "solutions": Format(("question", "ground_truth"), Labelled, published.solutions, published.are_judged),
+    "problem": Format(("problem", "solution", "answer"), Prompt, published.problem, published.is_unanswered),
+    "first_turn": Format(("turns", "question_id"), Prompt, published.first_turn, published.is_unanswered),
 }  # fmt: skip
 FORMATS: dict[str, Format] = PUBLISHED | SHARED
 
@@ -119,10 +127,15 @@ def check(name: str, records: Sequence[Columns], where: str) -> None:
 
 
 def lacking(kinds: Sequence[type[Row]], records: Sequence[Columns]) -> str:
-    """Which columns stand in the records, and which the nearest shared form of the kinds of row needs besides."""
+    """Which columns stand in the records, and which the nearest shared form of the kinds of row needs besides.
+
+    Where it needs none, the columns have an earlier reading, and it has to be asked for.
+    """
     found = _names(records)
     lacks = {name: [c for c in form.columns if c not in found] for name, form in SHARED.items() if form.row in kinds}
     nearest = min(lacks, key=lambda name: len(lacks[name]))
+    if not lacks[nearest]:
+        return f"it has the columns {_listed(found)}, which --config.data.format={nearest} would read"
     return f"it has the columns {_listed(found)}, and the format {nearest} also needs {_listed(lacks[nearest])}"
 
 

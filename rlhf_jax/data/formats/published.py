@@ -93,6 +93,11 @@ def oasst_ranking(columns: Columns, chat: bool) -> tuple[Ranking, ...]:
     return rows
 
 
+def is_tree(columns: Columns) -> bool:
+    """Whether a tree hangs from the prompt; rows made of one may keep its number beside a plain prompt."""
+    return isinstance(columns.get("prompt"), Mapping)
+
+
 def _node(value: Any) -> Columns:
     node = fields(value, "prompt")
     if node.get("role") not in ("prompter", "assistant"):
@@ -161,6 +166,11 @@ def domain(preferred: str, columns: Columns, chat: bool) -> Ranking:
     ranks = tuple(float(name != preferred) for name in texts)
     prompt = asked(string(columns["query"], "query"), chat)
     return Ranking(prompt, tuple(reply(text, chat) for text in texts.values()), ranks)
+
+
+def is_by_domain(columns: Columns) -> bool:
+    """Whether each response stands under the name of its domain."""
+    return isinstance(columns.get("responses"), Mapping)
 
 
 # Comparisons by people and by judges
@@ -333,7 +343,7 @@ def is_rated_solution(columns: Columns) -> bool:
 def solutions(columns: Columns, chat: bool) -> tuple[Labelled, ...]:
     """Solutions of several models, right or wrong, one in each column that says so. Cobbe et al. 2021."""
     question = asked(string(columns["question"], "question"), chat)
-    judged = {n: v for n, v in columns.items() if isinstance(v, Mapping) and {"solution", "is_correct"} <= v.keys()}
+    judged = _judged(columns)
     if not judged:
         raise Refusal("no column holds a solution with is_correct")
     texts = {name: string(v["solution"], f"{name}.solution") for name, v in judged.items()}
@@ -347,7 +357,22 @@ def solutions(columns: Columns, chat: bool) -> tuple[Labelled, ...]:
     return tuple(rows)
 
 
+def are_judged(columns: Columns) -> bool:
+    return bool(_judged(columns))
+
+
+def _judged(columns: Columns) -> dict[str, Columns]:
+    return {n: v for n, v in columns.items() if isinstance(v, Mapping) and {"solution", "is_correct"} <= v.keys()}
+
+
 # Prompts for rollouts
+
+ANSWERS = ("messages", "conversations", "completion", "chosen")
+
+
+def is_unanswered(columns: Columns) -> bool:
+    """Whether no column of a shared form holds an answer to train on."""
+    return not any(name in columns for name in ANSWERS)
 
 
 def problem(columns: Columns, chat: bool) -> Prompt:

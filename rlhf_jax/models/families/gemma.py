@@ -41,8 +41,8 @@ def gemma3(config: Config) -> Shape:
     ropes = config.get("rope_parameters") or {}
     whole = {
         "rope_theta": config.get("rope_theta") or 1e6,
-        **(config.get("rope_scaling") or {}),
         **(ropes.get(FULL) or {}),
+        **(config.get("rope_scaling") or {}),
     }
     local = {"rope_theta": config.get("rope_local_base_freq") or 1e4, **(ropes.get(SLIDES) or {})}
     period = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6

@@ -118,7 +118,7 @@ def olmo2(config: Config) -> Shape:
 
 def phi3(config: Config) -> Shape:
     """Abdin et al. 2024, arXiv:2404.14219; longrope is Ding et al. 2024, arXiv:2402.13753."""
-    stated = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    stated = read.stated_rope(config)
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if kind in ("su", "yarn"):  # what older checkpoints call it
         kind = "longrope"

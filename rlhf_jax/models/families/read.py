@@ -34,6 +34,13 @@ def _factors(stated: Config, name: str, pairs: int) -> tuple[float, ...]:
     return factors
 
 
+def stated_rope(config: Config) -> dict[str, Any]:
+    """What the whole config says of its rope: rope_parameters, and over them rope_scaling, which transformers takes."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type")
+    return {**(config.get("rope_parameters") or {}), **scaling, **({"rope_type": kind} if kind else {})}
+
+
 def rope(config: Config, stated: Config | None = None, *, theta: float = 10_000.0, share: float = 1.0) -> Rope:
     """Reads rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
 
@@ -41,7 +48,7 @@ def rope(config: Config, stated: Config | None = None, *, theta: float = 10_000.
       stated: the parameters, where they are not those of the whole config.
       theta, share: the family's defaults; share is the part of a head that turns.
     """
-    said: Config = stated or config.get("rope_parameters") or config.get("rope_scaling") or {}
+    said: Config = stated or stated_rope(config)
     kind = said.get("rope_type") or said.get("type") or "default"
     if kind not in KINDS:
         raise UserError(f"rope_type {kind!r} is not supported; the supported ones are {', '.join(KINDS)}.")

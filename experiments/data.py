@@ -110,7 +110,7 @@ def _files(path: str) -> list[str]:
     """The data files of a folder, or the path itself."""
     place = epath.Path(path).expanduser()
     try:
-        is_folder = place.is_dir()
+        is_folder = bool(path) and place.is_dir()
     except ImportError:  # gs:// needs a package of its own, and reading says so
         is_folder = False
     return [os.fspath(file) for file in sources.files(place)] if is_folder else [path]

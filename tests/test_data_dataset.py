@@ -227,3 +227,9 @@ def test_chat_rows_of_three_real_files(shared):
         data = load(Data(path=(str(shared / "data" / file),)), encoder, form, 4096, 0)
         assert data.report.refused == data.report.too_long == ()
         assert data.report.used == data.report.read
+
+
+def test_a_row_of_many_pairs_with_special_tokens_is_told_once(tmp_path, encoder):
+    rows = [{"prompt": "a </s> b", "completions": ["c", "d", "e"], "ranks": [1, 2, 3]}]
+    report = load(Data(path=(write(tmp_path / "r.jsonl", rows),), eval_share=0.0), encoder, "pair", 64, 0).report
+    assert (report.train, report.kept_as_text) == (3, 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.formats import FORMATS, adapt, check, detect
+from rlhf_jax.data.formats import FORMATS, adapt, check, detect, lacking
 from rlhf_jax.data.formats.columns import ASSISTANT, HUMAN
 from rlhf_jax.data.rows import (
     Demonstration,
@@ -361,3 +361,27 @@ def test_whatever_stands_in_a_column_gives_rows_or_a_reason(name, data, chat):
         rows = adapt(name, SOUND[name] | {spoilt: data.draw(junk)}, chat)
         assert rows and all(isinstance(row, FORMATS[name].row) for row in rows)
         hash(rows)
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        ({"problem": "q", "solution": "s", "answer": "1", "messages": CHAT}, "messages"),
+        ({"problem": "q", "solution": "s", "answer": "1"}, "problem"),
+        ({"turns": ["q"], "question_id": 1, "messages": CHAT}, "messages"),
+        ({"message_tree_id": "t", "prompt": "q", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"query": "q", "responses": ["a", "b"], "prompt": "q", "chosen": "a", "rejected": "b"}, "preference"),
+        ({"question": "q", "ground_truth": "a", "prompt": "q", "completion": "a"}, "prompt_completion"),
+        ({"question": "q", "ground_truth": "a", "answer": "a"}, "question_answer"),
+    ],
+)
+def test_a_set_made_of_a_published_one_is_read_by_its_own_columns(columns, name):
+    assert detect([columns], "rows") == name
+
+
+def test_columns_that_an_earlier_reading_hides_are_told_with_the_flag_that_reads_them():
+    told = lacking([Demonstration], [{"prompt": "q", "completion": "a", "label": True}])
+    assert told.endswith("which --config.data.format=prompt_completion would read")

@@ -160,3 +160,22 @@ def test_bad_input_is_one_sentence(argv, says, tmp_path, capsys):
         flags.run(program.main, program.Data, ["data", *argv])
     said = capsys.readouterr()
     assert stopped.value.code == 2 and said.out == "" and re.search(says, said.err) and said.err.count("\n") == 1
+
+
+def test_rows_that_the_template_refuses_do_not_count_and_name_the_flag_of_the_program(tmp_path, shared, capsys):
+    chat = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in chat]
+    thought = [*messages[:1], messages[1] | {"reasoning_content": "hm"}, *messages[2:]]
+    path = write(tmp_path / "r.jsonl", [{"messages": messages}, {"messages": thought}])
+    told = shown(capsys, f"--path={path}", f"--tokenizer={shared / 'data/tokenizers/minimind'}")
+    told = " ".join(told.split())
+    assert "2 read, 1 refused" in told and "single answers: 1 " in told and "turns 1 of 1 (100%)" in told
+    assert "; --train_on=last would train the last one alone" in told and "--config." not in told
+
+
+def test_special_tokens_that_stay_text_are_told(tmp_path, shared, capsys):
+    path = write(tmp_path / "r.jsonl", [{"prompt": "a </s> b", "completion": "c"}, {"prompt": "a", "completion": "c"}])
+    argv = [f"--path={path}", f"--tokenizer={shared / 'models/stories260k'}"]
+    told = " ".join(shown(capsys, *argv).split())
+    assert "stay text in 1 of 2 (50%); if these rows were rendered ahead, give --special=tokens" in told
+    assert "stay text" not in shown(capsys, *argv, "--special=tokens")

@@ -165,3 +165,10 @@ def test_a_text_beside_tables_is_not_data(tmp_path):
     assert [r.where for r in read(str(tmp_path))] == [f"{tmp_path}/LICENSE.txt:1"]
     (tmp_path / "rows.jsonl").write_text(lines(ROWS[:1]))
     assert [r.where for r in read(str(tmp_path))] == [f"{tmp_path}/rows.jsonl:1"]
+
+
+def test_an_empty_path_is_not_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(lines())
+    with pytest.raises(UserError, match=r"one of the paths of --config\.data\.path is empty; drop the comma"):
+        list(read(""))

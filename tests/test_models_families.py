@@ -1,5 +1,6 @@
 """Every family: what is read is written, lies where the rules say, decodes as it reads; the rest is refused."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,7 +17,7 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms.optimizers import decayed
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.models.decoder import Model, Params
+from rlhf_jax.models.decoder import Model, Numerics, Params
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape, make_mesh, param_sharding, path_of, rule
@@ -129,6 +130,25 @@ def test_a_window_as_long_as_the_context_is_none() -> None:
         kinds = model_of(kind, sliding_window=32).shape.kinds
         assert [one.window for one in kinds] == [None] and model_of(kind, sliding_window=31).shape.kinds != kinds
     assert model_of("mistral", sliding_window=None).shape.kinds[0].window is None
+
+
+def test_of_two_forms_of_the_rope_both_are_heard() -> None:
+    """A stretch that was added by hand to a config of transformers 5."""
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    both: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_scaling": scaling}
+    stretched = model_of("llama", **both).shape
+    assert stretched == model_of("llama", rope_theta=7.0, rope_scaling=scaling).shape
+    (kind,) = stretched.kinds
+    assert kind.rope is not None and (kind.rope.kind, kind.rope.theta) == ("yarn", 7.0)
+
+
+def test_sampling_computes_what_training_does_in_bfloat16() -> None:
+    """Gemma's norms multiply in float32, so their weights may not be rounded on the way to the sampler."""
+    model = dataclasses.replace(model_of("gemma2"), numerics=Numerics(compute_dtype="bfloat16"))
+    params, tokens = params_of(model), draw_tokens(2)
+    np.testing.assert_array_equal(
+        whole(model, sharding.for_decoding(params, model), tokens), whole(model, params, tokens)
+    )
 
 
 def test_gpt2_is_read_as_it_was_published(tmp_path: pathlib.Path) -> None:

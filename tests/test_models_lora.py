@@ -220,12 +220,12 @@ def test_the_state_lies_by_the_rules_and_an_unknown_frozen_leaf_is_named() -> No
         sharding.state_shardings(dataclasses.replace(state, frozen={"layers/router": jnp.ones(2)}), mesh)
 
 
-def test_sampling_keeps_a_quantised_base_as_it_is() -> None:
+def test_sampling_keeps_a_quantised_base_and_norms_as_they_are() -> None:
     model, adapter, held = made("nf4")
     model = dataclasses.replace(model, numerics=Numerics(compute_dtype="bfloat16"))
     for path, leaf in leaves(sharding.for_decoding(lora.join(adapter, held), model)).items():
-        quantised = path.endswith(("values", "scales"))
-        assert leaf.dtype == (leaves(held)[path].dtype if quantised else jnp.bfloat16), path
+        kept = path.endswith(("values", "scales", "_norm"))
+        assert leaf.dtype == (leaves(held)[path].dtype if kept else jnp.bfloat16), path
 
 
 # ---- what it takes

@@ -151,8 +151,8 @@ def make_objective(model: Model, loss: Callable[..., Array], takes: type, option
     """The mean over examples of a preference loss, and the experts' balance if the model has some.
 
     Args:
-      loss: one of `losses.preference`, `losses.ranked` or `losses.unpaired`, called with hyper["loss"] (which must hold beta)
-        and `options` (its non-numeric arguments).
+      loss: one of `losses.preference`, `losses.ranked` or `losses.unpaired`, called with hyper["loss"] (which must
+        hold beta) and `options` (its non-numeric arguments).
       takes: what it takes, a key of `READS`.
     A batch has tokens, mask, segments, positions [B, K, T], labels [B, K], or ranks for groups, and weight [B]; with
     a reference ref_logprob [B, K], and for losses of single answers baseline [B] from `make_prepare`. K is 2 for

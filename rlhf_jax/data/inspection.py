@@ -63,7 +63,7 @@ class Found:
     Attributes:
       format, others: the format, and other readings of the same columns that may be asked for.
       kind: what its rows are.
-      read, rows: records, and the rows that they gave.
+      read, rows: records, and the rows that can be used of those that they gave.
       refused, left: records that can't be used, and those with nothing to learn from.
       facts: what else there is to say of the rows of this kind, name by name.
       unit: what lengths count.
@@ -114,11 +114,12 @@ def inspect(
     name = format_of(path, records, wanted)
     rows, refused, left = _adapted(records, name, reader is None or reader.encoder.chat)
     encoded, note = _encoded([row for _, row in rows], reader)
-    lengths, cut, too_long, shown = [], 0, 0, []
+    used, lengths, cut, too_long, shown = [], [], 0, 0, []
     for (where, row), tokens in zip(rows, encoded, strict=True):
         if isinstance(tokens, Refusal):
-            refused.setdefault(where, str(tokens))
+            refused.setdefault(where, _flags(tokens))
             continue
+        used.append(row)
         if tokens is None or reader is None:
             lengths.append(max(_words(row.prompt) + _words(c) for _, c in _completions(row)))
         else:
@@ -129,10 +130,11 @@ def inspect(
         if len(shown) < samples and (not shown or shown[-1].where != where):
             shown.append(_sample(where, row, tokens, reader))
     kind = FORMATS[name].row
+    facts = [*FACTS[kind](used), *(() if reader is None or note else _of_special_tokens(used, reader.encoder))]
     others = [o for o, form in FORMATS.items() if form.columns == FORMATS[name].columns and o != name]
     return Found(
-        path, name, tuple(others), kind, len(records), len(rows), tuple(refused.items()), tuple(left.items()),
-        tuple(FACTS[kind]([row for _, row in rows])), "tokens" if reader and not note else "words",
+        path, name, tuple(others), kind, len(records), len(used), tuple(refused.items()), tuple(left.items()),
+        tuple(facts), "tokens" if reader and not note else "words",
         tuple(lengths), cut, too_long, note, tuple(shown),
     )  # fmt: skip
 
@@ -200,8 +202,13 @@ def _encoded(rows: Sequence[Row], reader: Reader | None) -> tuple[Sequence[tuple
         items = [(row.prompt, completion, row.tools) for row in rows for _, completion in _completions(row)]
         made = iter(reader.encoder.encode_many(items))
     except UserError as error:
-        return [None] * len(rows), str(error).replace("--config.data.", "--")
+        return [None] * len(rows), _flags(error)
     return [_together([next(made) for _ in _completions(row)]) for row in rows], ""
+
+
+def _flags(reason: Exception) -> str:
+    """What was said of the flags of training, of those of the program that shows files."""
+    return str(reason).replace("--config.data.", "--")
 
 
 def _together(made: Sequence[Tokens | Refusal]) -> tuple[Tokens, ...] | Refusal:
@@ -303,6 +310,15 @@ def _of_steps(rows: Sequence[Stepwise]) -> Iterator[tuple[str, str]]:
     yield "steps a row", f"{len(labels) / max(len(rows), 1):.1f}"
     yield "right steps", _share(sum(labels), len(labels))
     yield "rows without a wrong step", _share(sum(all(row.labels) for row in rows), len(rows))
+
+
+def _of_special_tokens(rows: Sequence[Row], encoder: Encoder) -> Iterator[tuple[str, str]]:
+    texts = ((row.prompt, *(completion for _, completion in _completions(row))) for row in rows)
+    if kept := sum(any(map(encoder.keeps_as_text, some)) for some in texts):
+        yield (
+            "special tokens",
+            f"stay text in {_share(kept, len(rows))}; if these rows were rendered ahead, give --special=tokens",
+        )
 
 
 FACTS: dict[type[Row], Callable[..., Iterator[tuple[str, str]]]] = {

@@ -55,6 +55,8 @@ def read(path: str, split: str = "train", flag: str = "--config.data.path") -> I
       flag: what gave the path, for messages.
     Raises: UserError for what isn't there, is empty, is a Git LFS pointer or has an unknown suffix.
     """
+    if not path:  # it would be the folder that the program runs in
+        raise UserError(f"one of the paths of {flag} is empty; drop the comma before or behind it")
     place = epath.Path(path).expanduser()
     try:
         is_folder, is_there = place.is_dir(), place.exists()

@@ -43,11 +43,13 @@ def find(name: str, flag: str = "--config.model.path") -> Start:
     if not note.exists() or (folder / "config.json").exists():
         return Start(folder)
     try:
-        base = json.loads(note.read_text())["base_model_name_or_path"]
-        assert isinstance(base, str)
+        base = json.loads(note.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):  # no JSON, or no object
+        base = None
+    if not isinstance(base, str):
+        raise UserError(f"{note} names no base_model_name_or_path; write the base model's folder there.")
+    try:
         return Start(checkpoint.folder(base, flag), folder)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{note} names no base_model_name_or_path; write the base model's folder there.") from error
     except UserError as error:
         raise UserError(
             f"{name!r} is an adapter of {base!r}, which can't be had; correct base_model_name_or_path in {note}."

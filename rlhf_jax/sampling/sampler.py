@@ -195,6 +195,6 @@ def _check_turns(prompts: Sequence[np.ndarray], new: int, point: int | None) -> 
         if point is not None and len(prompt) <= point < len(prompt) + new:
             raise UserError(
                 f"prompt number {number + 1} has {len(prompt)} tokens and with max_new_tokens {new} may pass {point}, "
-                f"where the model's rope turns all tokens otherwise; allow at most {point - len(prompt)} new tokens, or "
-                "give a longer prompt."
+                f"where the model's rope turns all tokens otherwise; allow at most {point - len(prompt)} new tokens, "
+                "or give a longer prompt."
             )

@@ -5,10 +5,10 @@ python -m experiments.data --out=world
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
+import sys
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -97,6 +97,8 @@ def show(program: Data) -> None:
         return
     told = [("/".join(pathlib.PurePath(file).parts[-2:]), _tried(file, program, reader)) for file in files]
     console.print(drawn.several(told, length, console))
+    if any(isinstance(found, str) for _, found in told):
+        sys.exit(1)  # the table says which, and why
 
 
 def _tried(file: str, program: Data, reader: inspection.Reader | None) -> inspection.Found | str:
@@ -133,19 +135,20 @@ def _reader(program: Data) -> inspection.Reader:
             f"--tokenizer={name} gives no tokenizer that transformers can read ({reason}); give a folder with one."
         ) from error
     encoder = Encoder(tokenizer, program.chat_template, train_on=program.train_on, special=program.special)
-    length = program.length or _context(place / "config.json")
+    length = program.length or _context(place)
     if length is None and tokenizer.model_max_length < 1e9:  # a huge number stands for none
         length = int(tokenizer.model_max_length)
     return inspection.Reader(encoder, tokenizer, length)
 
 
-def _context(config: epath.Path) -> int | None:
-    """The context of a model, from its config.json."""
+def _context(folder: epath.Path) -> int | None:
+    """The context of the model in a folder; None if there is none, or none that we can be."""
+    from rlhf_jax.models import checkpoint  # it loads jax, which nothing else here needs
+
     try:
-        value = json.loads(config.read_text()).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
+        return checkpoint.describe(folder).shape.length
+    except (UserError, OSError):
         return None
-    return value if isinstance(value, int) else None
 
 
 if __name__ == "__main__":

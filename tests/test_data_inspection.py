@@ -34,9 +34,13 @@ def tokenizer(shared):
     return AutoTokenizer.from_pretrained(shared / "models/stories260k")
 
 
-def shown(capsys, *argv: str) -> str:
+def shown(capsys, *argv: str, status: int = 0) -> str:
     """What the program prints on a terminal of 80 columns that has no colours."""
-    flags.run(program.main, program.Data, ["data", *argv])
+    try:
+        flags.run(program.main, program.Data, ["data", *argv])
+        assert status == 0
+    except SystemExit as stopped:
+        assert stopped.code == status
     captured = capsys.readouterr()
     assert captured.err == "" and "\x1b" not in captured.out
     return captured.out
@@ -108,11 +112,11 @@ def test_several_files_are_a_table_where_there_is_room(tmp_path, capsys, monkeyp
     write(folder / "b.jsonl", [{"text": "one two"}] * 3)
     write(folder / "a.jsonl", [{"prompt": "q", "completions": ["a", "b"], "ranks": [n % 2, 0]} for n in range(5)])
     write(folder / "c.jsonl", [{"unheard": "of"}])
-    told = shown(capsys, f"--path={folder}")
+    told = shown(capsys, f"--path={folder}", status=1)
     assert "set/a.jsonl\n  5 rows of ranking: 2 ranking, 0 refused, 3 left out" in told
     assert "c.jsonlhasthecolumns'unheard',whichnoformat" in "".join(told.split())  # a long path is folded
     monkeypatch.setenv("COLUMNS", "160")
-    table = [line for line in shown(capsys, f"--path={folder}").splitlines() if line.startswith("|")]
+    table = [line for line in shown(capsys, f"--path={folder}", status=1).splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert cells[2] == ["set/a.jsonl", "ranking", "5", "ranking", "2", "0 / 3", "2 / 2"]
     assert cells[3] == ["set/b.jsonl", "text", "3", "demonstration", "3", "0 / 0", "2 / 2"]

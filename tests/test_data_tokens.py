@@ -292,7 +292,8 @@ def test_rows_rendered_ahead_can_have_their_special_tokens_read(tokenizers):
     end = tokenizer.eos_token
     text, tokens = Encoder(tokenizer), Encoder(tokenizer, special="tokens")
     row = f"one{end}two", "three"
-    assert text.keeps_as_text(row[0]) and not text.keeps_as_text(f"two{end}") and not tokens.keeps_as_text(row[0])
+    assert text.keeps_as_text(*row) and not text.keeps_as_text("one", f"two{end}") and not tokens.keeps_as_text(*row)
+    assert text.keeps_as_text(f"one{end}", "two"), "an end token ends answers, not prompts"
     kept, read = text.encode(*row), tokens.encode(*row)
     assert (kept.ids == text.eos_id).sum() == 1 and (read.ids == text.eos_id).sum() == 2
     assert tokenizer.decode(kept.ids) == tokenizer.decode(read.ids)

@@ -243,11 +243,13 @@ def test_a_ranking_of_two_is_a_pair_and_absent_completions_change_nothing(logpro
     rank, present = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
     expected = dpo(pair, beta=beta)
     np.testing.assert_allclose(dpo_pl(Ranked(policy, ref, rank, present), beta=beta), expected, rtol=1e-5, atol=1e-6)
-    more = Ranked(*(jnp.pad(x, ((0, 0), (0, 2))) for x in (policy, ref, rank, present)))
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 2)))
+    more = Ranked(pad(policy), pad(ref), pad(rank), pad(present))
     np.testing.assert_allclose(dpo_pl(more, beta=beta), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_without_completions_has_no_loss_and_no_gradient():
-    empty = Ranked(*jnp.full((2, 1, 3), -jnp.inf), jnp.zeros((1, 3)), jnp.zeros((1, 3), bool))
+    nothing = jnp.full((1, 3), -jnp.inf)
+    empty = Ranked(nothing, nothing, jnp.zeros((1, 3)), jnp.zeros((1, 3), bool))
     value, slope = jax.value_and_grad(lambda x: jnp.sum(dpo_pl(empty._replace(logprob=x))))(empty.logprob)
     assert value == 0 and not np.asarray(slope).any()

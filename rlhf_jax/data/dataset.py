@@ -211,14 +211,15 @@ def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
         f"{len(report.too_long)} longer than {length} tokens, {held} held out"
     )
     first = f"; the first refused is {': '.join(report.refused[0])}" if report.refused else ""
-    mend = {
-        len(report.left): "give rows that prefer one answer to another",
-        len(report.refused): "mend the rows",
-        len(report.too_long): "raise --config.data.length or choose --config.data.too_long=cut_prompt",
-        report.evaluation * (not report.shared): "lower --config.data.eval_share",
-        len(report.shared): "give other prompts in --config.data.eval_path",
-    }
-    return f"no row to train on is left of {report.read} in {', '.join(paths)}: {why}{first}; {mend[max(mend)]}"
+    mend = (
+        (len(report.refused), "mend the rows"),
+        (len(report.too_long), "raise --config.data.length or choose --config.data.too_long=cut_prompt"),
+        (report.evaluation * (not report.shared), "lower --config.data.eval_share"),
+        (len(report.shared), "give other prompts in --config.data.eval_path"),
+        (len(report.left), "give rows that prefer one answer to another"),
+    )
+    _, advice = max(mend, key=lambda one: one[0])
+    return f"no row to train on is left of {report.read} in {', '.join(paths)}: {why}{first}; {advice}"
 
 
 # From records to items
@@ -298,7 +299,7 @@ def _encoded(
         completions = tuple(row for row in whole if isinstance(row, Tokens))
         longest, tokens = max(map(len, completions)), sum(map(len, completions))
         notes.tokens += tokens
-        if any(map(encoder.keeps_as_text, (item.prompt, *item.completions))):
+        if any(encoder.keeps_as_text(item.prompt, completion) for completion in item.completions):
             notes.kept_as_text[item.where] = None
         if longest > length and policy == "stop":
             raise UserError(

@@ -313,8 +313,9 @@ def _of_steps(rows: Sequence[Stepwise]) -> Iterator[tuple[str, str]]:
 
 
 def _of_special_tokens(rows: Sequence[Row], encoder: Encoder) -> Iterator[tuple[str, str]]:
-    texts = ((row.prompt, *(completion for _, completion in _completions(row))) for row in rows)
-    if kept := sum(any(map(encoder.keeps_as_text, some)) for some in texts):
+    answers = lambda row: [completion for _, completion in _completions(row)] or [""]
+    keeps = lambda row: any(encoder.keeps_as_text(row.prompt, answer) for answer in answers(row))
+    if kept := sum(map(keeps, rows)):
         yield (
             "special tokens",
             f"stay text in {_share(kept, len(rows))}; if these rows were rendered ahead, give --special=tokens",

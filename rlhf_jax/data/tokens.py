@@ -162,11 +162,14 @@ class Encoder:
             rows[i] = tokens
         return [row for row in rows if row is not None]
 
-    def keeps_as_text(self, text: Text) -> bool:
-        """Whether a string holds special tokens written out that stay text, as they may not in one rendered ahead."""
-        if not isinstance(text, str) or self._special == "tokens":
+    def keeps_as_text(self, prompt: Text, completion: Text = "") -> bool:
+        """Whether a row of strings holds special tokens written out that stay text; in one rendered ahead they would
+        have to be tokens."""
+        if not isinstance(prompt, str) or not isinstance(completion, str) or self._special == "tokens":
             return False
-        return self._specials.holds(text.removeprefix(self._bos).removesuffix(self._eos))
+        answer = completion if prompt else completion.removeprefix(self._bos)
+        texts = prompt.removeprefix(self._bos), answer.removesuffix(self._eos)
+        return any(map(self._specials.holds, texts))
 
     # Generation
 

@@ -233,3 +233,23 @@ def test_a_row_of_many_pairs_with_special_tokens_is_told_once(tmp_path, encoder)
     rows = [{"prompt": "a </s> b", "completions": ["c", "d", "e"], "ranks": [1, 2, 3]}]
     report = load(Data(path=(write(tmp_path / "r.jsonl", rows),), eval_share=0.0), encoder, "pair", 64, 0).report
     assert (report.train, report.kept_as_text) == (3, 1)
+
+
+@pytest.mark.parametrize("length", [2, 64, 512])
+def test_a_document_over_the_length_is_cut_into_pieces_and_loses_nothing(shared, encoder, length):
+    """Each token but the first of a document is trained once, in order; pieces share the token between them."""
+    path = str(shared / "data/c4-demo/valid.jsonl")
+    data = load(Data(path=(path,), eval_share=0), encoder, "demonstration", length, seed=0)
+    whole = load(Data(path=(path,), eval_share=0), encoder, "demonstration", 10**6, seed=0)
+    assert data.report.lost == 0 and not data.report.too_long and len(data.report.split) > 10
+    trained = {}
+    for example in data.train:
+        (piece,) = example.completions
+        assert len(piece) <= length and not piece.mask[0]
+        trained.setdefault(example.where, []).append(piece.ids[piece.mask])
+    for example in whole.train:
+        (document,) = example.completions
+        np.testing.assert_array_equal(np.concatenate(trained[example.where]), document.ids[document.mask])
+    assert f"{len(data.report.split)} texts cut into pieces" in "\n".join(data.report.lines())
+    refused = load(Data(path=(path,), eval_share=0, too_long="refuse"), encoder, "demonstration", 512, seed=0).report
+    assert refused.lost > 0 and refused.too_long and not refused.split

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rlhf_jax.data.cutting import fit
 from rlhf_jax.data.formats import adapt
 from rlhf_jax.data.rows import Message, Preference, Refusal
 from rlhf_jax.data.sources import Record, read
-from rlhf_jax.data.tokens import Encoder, Tokens, fit
+from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 
 TALK = (

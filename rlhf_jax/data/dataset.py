@@ -12,8 +12,9 @@ from etils import epath
 from rlhf_jax.data import formats, sources
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.conversions import CONVERSIONS, Form, impossible
+from rlhf_jax.data.cutting import fit, pieces
 from rlhf_jax.data.rows import Left, Refusal, Row, Text
-from rlhf_jax.data.tokens import Encoder, Tokens, fit
+from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 
 FIRST_ROWS = 64  # records looked at to find out the format
@@ -52,6 +53,7 @@ class Report:
       train, evaluation: examples used; a ranking gives several.
       refused: rows that can't be used, with the reason.
       cut: rows whose prompt lost its oldest tokens.
+      split: texts without a prompt that were cut into pieces.
       too_long: rows left out because they don't fit the length.
       shared: rows of `path` left out because their prompt stands in `eval_path`.
       left: good rows that hold nothing to learn from, such as ties, with the reason.
@@ -71,6 +73,7 @@ class Report:
     tokens: int = 0
     lost: int = 0
     kept_as_text: int = 0
+    split: tuple[str, ...] = ()
 
     @property
     def used(self) -> int:
@@ -85,6 +88,7 @@ class Report:
             (refused, "refused"),
             (left, "left out: nothing to learn from"),
             (self.cut, "cut to the length (oldest prompt tokens)"),
+            (self.split, "texts cut into pieces of the length"),
             (self.too_long, "left out: longer than the length"),
             (self.shared, "left out: prompt also in the held-out rows"),
         ):
@@ -105,6 +109,7 @@ class Report:
         rows += [{"where": where, "what": "left", "reason": reason} for where, reason in self.left]
         for places, what in (
             (self.cut, "cut"),
+            (self.split, "split"),
             (self.too_long, "too long"),
             (self.shared, "prompt held out"),
         ):
@@ -144,6 +149,7 @@ class _Notes:
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
     cut: dict[str, None] = dataclasses.field(default_factory=dict)
+    split: dict[str, None] = dataclasses.field(default_factory=dict)
     too_long: dict[str, None] = dataclasses.field(default_factory=dict)
     tokens: int = 0
     lost: int = 0
@@ -182,7 +188,7 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
     left = tuple(notes.left.items())
     report = Report(
         notes.read, len(train), len(evaluation), refused, cut, too_long, shared, left, notes.tokens, notes.lost,
-        len(notes.kept_as_text),
+        len(notes.kept_as_text), tuple(notes.split),
     )  # fmt: skip
     if not train:
         raise UserError(_nothing_left(report, config.path, length))
@@ -307,15 +313,25 @@ def _encoded(
                 "raise --config.data.length or choose --config.data.too_long=cut_prompt or refuse"
             )
         fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
-        notes.lost += tokens - sum(map(len, fitted or ()))
-        if fitted is None:
+        parts = [fitted] if fitted is not None else []
+        if not parts and policy == "cut_prompt" and is_text(item.prompt, item.completions):
+            parts = [(piece,) for piece in pieces(completions[0], length)]
+            notes.split[item.where] = None
+        elif not parts:
+            notes.lost += tokens
             notes.too_long[item.where] = None
-            continue
-        if longest > length:
+        elif longest > length:
+            notes.lost += tokens - sum(map(len, parts[0]))
             notes.cut[item.where] = None
         prompt = _hash(completions[0].prompt.tobytes())
-        kept.append((item, Example(fitted, item.labels, prompt, item.index, item.source, item.where, item.ranks)))
+        said = item.labels, prompt, item.index, item.source, item.where, item.ranks
+        kept += [(item, Example(part, *said)) for part in parts]
     return kept
+
+
+def is_text(prompt: Text, completions: Sequence[Text]) -> bool:
+    """Whether a row is one text without a prompt, such as a document, which may be cut anywhere."""
+    return prompt == "" and len(completions) == 1
 
 
 def _hash(*parts: bytes) -> int:

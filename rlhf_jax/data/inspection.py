@@ -10,7 +10,8 @@ import numpy as np
 
 from rlhf_jax.data import sources
 from rlhf_jax.data.conversions import CONVERSIONS
-from rlhf_jax.data.dataset import format_of
+from rlhf_jax.data.cutting import fit
+from rlhf_jax.data.dataset import format_of, is_text
 from rlhf_jax.data.formats import FORMATS, adapt
 from rlhf_jax.data.rows import (
     Demonstration,
@@ -25,7 +26,7 @@ from rlhf_jax.data.rows import (
     Stepwise,
     Text,
 )
-from rlhf_jax.data.tokens import Encoder, Tokens, fit
+from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 
 Told = tuple[tuple[str, str], ...]  # where, and why
@@ -68,7 +69,8 @@ class Found:
       facts: what else there is to say of the rows of this kind, name by name.
       unit: what lengths count.
       lengths: of every row the longest completion with its prompt.
-      cut, too_long: rows over the length that would lose the beginning of their prompt, or would be left out.
+      cut, in_pieces, too_long: rows over the length that would lose the beginning of their prompt, texts that would be cut
+        into pieces, and rows that would be left out.
       note: why the tokenizer was not used; empty if it was, or if there is none.
       samples: the first rows, one a record.
     """
@@ -85,6 +87,7 @@ class Found:
     unit: Literal["tokens", "words"]
     lengths: tuple[int, ...]
     cut: int
+    in_pieces: int
     too_long: int
     note: str
     samples: tuple[Sample, ...]
@@ -114,7 +117,7 @@ def inspect(
     name = format_of(path, records, wanted)
     rows, refused, left = _adapted(records, name, reader is None or reader.encoder.chat)
     encoded, note = _encoded([row for _, row in rows], reader)
-    used, lengths, cut, too_long, shown = [], [], 0, 0, []
+    used, lengths, cut, in_pieces, too_long, shown = [], [], 0, 0, 0, []
     for (where, row), tokens in zip(rows, encoded, strict=True):
         if isinstance(tokens, Refusal):
             refused.setdefault(where, _flags(tokens))
@@ -126,7 +129,9 @@ def inspect(
             lengths.append(max(map(len, tokens)))
             if reader.length is not None and lengths[-1] > reader.length:
                 fits = isinstance(row, Prompt) or fit(tokens, reader.length) is not None
-                cut, too_long = cut + fits, too_long + (not fits)
+                text = is_text(row.prompt, [completion for _, completion in _completions(row)])
+                cut, in_pieces = cut + fits, in_pieces + (not fits and text)
+                too_long += not fits and not text
         if len(shown) < samples and (not shown or shown[-1].where != where):
             shown.append(_sample(where, row, tokens, reader))
     kind = FORMATS[name].row
@@ -135,7 +140,7 @@ def inspect(
     return Found(
         path, name, tuple(others), kind, len(records), len(used), tuple(refused.items()), tuple(left.items()),
         tuple(facts), "tokens" if reader and not note else "words",
-        tuple(lengths), cut, too_long, note, tuple(shown),
+        tuple(lengths), cut, in_pieces, too_long, note, tuple(shown),
     )  # fmt: skip
 
 

@@ -15,9 +15,10 @@ from typing import Any, SupportsIndex, cast
 import grain
 import numpy as np
 
+from rlhf_jax.data.cutting import fit
 from rlhf_jax.data.dataset import Example
 from rlhf_jax.data.packing import best_fit
-from rlhf_jax.data.tokens import Tokens, fit
+from rlhf_jax.data.tokens import Tokens
 from rlhf_jax.errors import UserError
 
 Batch = dict[str, Any]

@@ -63,24 +63,6 @@ class Tokens:
         return self.ids[: self.start]
 
 
-def fit(rows: Sequence[Tokens], length: int) -> tuple[Tokens, ...] | None:
-    """Rows with one prompt, cut to `length` tokens: the oldest prompt tokens go, the same from every row.
-
-    A beginning token stays first, and one prompt token at least is kept, so that the first completion token
-    keeps something to be predicted from. None if the longest completion doesn't fit even so.
-    """
-    over = max(len(row) for row in rows) - length
-    if over <= 0:
-        return tuple(rows)
-    if over > min(row.start for row in rows) - 1:
-        return None
-    return tuple(_without(row, slice(row.head, row.head + over)) for row in rows)
-
-
-def _without(row: Tokens, gone: slice) -> Tokens:
-    return Tokens(np.delete(row.ids, gone), np.delete(row.mask, gone), row.head)
-
-
 _NO_TEXT = "the tokenizer makes a special token of plain text"
 
 

@@ -44,7 +44,8 @@ def _lines(found: Found, length: int | None) -> Iterator[tuple[str, str]]:
     median, high, longest = found.typical
     yield found.unit, f"median {median}, 95% are at most {high}, longest {longest}"
     if found.unit == "tokens":
-        over = f"{found.cut} would lose the beginning of their prompt, {found.too_long} would be left out"
+        split = f"{found.in_pieces} would be cut into pieces, " * (found.in_pieces > 0)
+        over = f"{found.cut} would lose the beginning of their prompt, {split}{found.too_long} would be left out"
         yield "over the length", "no length is known; give --length" if length is None else f"{over} ({length} tokens)"
     if found.note:
         yield "no tokens", found.note
@@ -148,6 +149,6 @@ def _table(found: Sequence[tuple[str, Found]], length: int | None) -> Table:
     for name, one in found:
         median, _, longest = one.typical
         figures = [f"{one.rows:,}", f"{len(one.refused):,} / {len(one.left):,}", f"{median:,} / {longest:,}"]
-        over = [] if length is None else [f"{one.cut + one.too_long:,}"]
+        over = [] if length is None else [f"{one.cut + one.in_pieces + one.too_long:,}"]
         drawn.add_row(Text(visible(name)), one.format, f"{one.read:,}", _kind(one), *figures, *over)
     return drawn

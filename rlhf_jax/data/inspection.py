@@ -69,8 +69,8 @@ class Found:
       facts: what else there is to say of the rows of this kind, name by name.
       unit: what lengths count.
       lengths: of every row the longest completion with its prompt.
-      cut, in_pieces, too_long: rows over the length that would lose the beginning of their prompt, texts that would be cut
-        into pieces, and rows that would be left out.
+      cut, in_pieces, too_long: rows over the length that would lose the beginning of their prompt, texts that would
+        be cut into pieces, and rows that would be left out.
       note: why the tokenizer was not used; empty if it was, or if there is none.
       samples: the first rows, one a record.
     """

@@ -146,6 +146,11 @@ def _check_patience(config: Config) -> None:
 
 def _check_batch(config: Config, shards: int) -> None:
     train = config.train
+    if config.data.pack and config.data.buckets:
+        raise UserError(
+            f"--config.data.buckets={fields.text(config.data.buckets)} would be ignored: packed rows have one length, "
+            "data.length; drop it or --config.data.pack."
+        )
     if train.batch_size % (shards * train.microbatches):
         raise UserError(
             f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "

@@ -162,6 +162,13 @@ def test_the_balance_is_of_mixtures_alone_and_its_weight_can_be_set(place, tmp_p
     assert first["loss"] == pytest.approx(math.log(2) + 0.5 * first["balance"], rel=1e-6)
 
 
+def test_packed_rows_have_one_length_so_buckets_are_refused(place, tmp_path):
+    config = packed(make_config(place, "dpo"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=(32, 64)))
+    with pytest.raises(UserError, match="data.buckets=.* would be ignored"):
+        run.train(config, str(tmp_path))
+
+
 @pytest.mark.parametrize("loss", ["orpo", "cpo"])
 def test_a_loss_without_a_reference_asks_none(place, loss, tmp_path, capsys):
     config = dataclasses.replace(packed(make_config(place, loss)), cache=str(tmp_path / "cache"))

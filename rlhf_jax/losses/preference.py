@@ -4,12 +4,16 @@ Notation: a = log pi(chosen) - log ref(chosen), b the same of rejected, D = a - 
 completion is beta times its log-ratio.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+PER_ROW = "or a number a row, from a column of the data"  # float32 [B] in the place of the number
+PerRow = Annotated[float, PER_ROW]
 
 
 class Pair(NamedTuple):
@@ -42,6 +46,31 @@ class MeanPair(NamedTuple):
 
     chosen: Array
     rejected: Array
+
+
+class SortedMargins(NamedTuple):
+    """Margins log pi(chosen) - log pi(rejected), nats, and the reference's margin of the same rank, float32 [B] each.
+
+    The ranks are those of the global batch: row i holds the r-th smallest margin, and `partner` the r-th smallest
+    margin of the reference, whichever row that came from; no gradient flows to it.
+    """
+
+    margin: Array
+    partner: Array
+
+
+class SortedRatios(NamedTuple):
+    """Log-ratios a and b, nats, each with the other side's of the same rank in the global batch, float32 [B] each.
+
+    `chosen_partner` is the b whose rank among all b is that of this row's a among all a; `rejected_partner` is the a
+    whose rank is that of this row's b. Both come from `prepare`, at the parameters that are about to be updated; no
+    gradient flows to them.
+    """
+
+    chosen: Array
+    rejected: Array
+    chosen_partner: Array
+    rejected_partner: Array
 
 
 def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:

@@ -15,6 +15,13 @@ class Tokens(NamedTuple):
     logsumexp: Array
 
 
+class SmoothTokens(NamedTuple):
+    """Trained tokens, float32 [B, T] each; entries of other tokens are not used."""
+
+    logprobs: Array
+    mean_logprobs: Array  # mean over the vocabulary of log p
+
+
 def nll(tokens: Tokens, *, z_loss: float = 0.0) -> Array:
     """Negative log-likelihood of each token, nats, [B, T], plus z_loss * logsumexp^2.
 

@@ -17,6 +17,23 @@ class Answer(NamedTuple):
     baseline: Array  # k >= 0, nats: how far the policy has moved from the reference; no gradient
 
 
+class BareAnswer(NamedTuple):
+    """One completion a row, [N] each: log-probabilities in nats, float32; label True if desirable."""
+
+    logprob: Array
+    ref_logprob: Array
+    label: Array
+
+
+class ShiftedAnswer(NamedTuple):
+    """One completion a row, [N] each: log-probabilities in nats, float32; label True if desirable."""
+
+    logprob: Array
+    ref_logprob: Array
+    label: Array
+    shift: Array  # running mean of beta (logprob - ref_logprob) over past batches; no gradient
+
+
 def kto(answer: Answer, *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Array:
     """1 - sig(beta (r - k)) for a desirable answer, 1 - sig(beta (k - r)) for another, weighted, [N].
 

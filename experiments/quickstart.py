@@ -11,7 +11,7 @@ the report shows is the known one of the world, which no training saw.
 import dataclasses
 import json
 import os
-from typing import Annotated, Any
+from typing import Annotated
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -20,34 +20,19 @@ from etils import epath
 from rich.console import Console
 
 from experiments import evaluate as evaluation
-from rlhf_jax import flags, report, run
+from rlhf_jax import flags, report, run, worlds
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.config import Config, Evaluate, Loss, ModelConfig, OptimizerConfig, Train
-from rlhf_jax.data import labellers, world, world_rows
+from rlhf_jax.data import world, world_rows
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate.answers import Subject, answer
+from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.compare import Result, compare
 from rlhf_jax.metrics import LogConfig
-from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.sampling.distribution import Sampling
-from rlhf_jax.sampling.sampler import Sampler
-from rlhf_jax.workdir import open_policy
 
-SHAPE = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 288,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "initializer_range": 0.1,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-WORLD = world_rows.World(
-    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=0
-)  # fmt: skip
+RECIPE = worlds.RECIPES["small"]
 # Losses; everything else is the same for all of them.
 METHODS = ("dpo", "ipo", "kto")
-LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
-SAMPLING = Sampling(max_new_tokens=40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +43,6 @@ class Quickstart:
     seeds: Annotated[tuple[int, ...], "each is a whole run of its own, from the rows to the answers"] = (0,)
 
 
-def write_model(folder: epath.Path, texts: list[str]) -> None:
-    """A config without weights, and a byte-level tokenizer made from the texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"], special_tokens=["<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(os.fspath(folder))
-    (folder / "config.json").write_text(json.dumps(SHAPE, indent=2))
-
-
 class Chain:
     """The stages of one seed, each in its own folder below `root`; what is finished is not done again."""
 
@@ -87,59 +50,38 @@ class Chain:
         self.root, self.seed = root, seed
         self.rows, self.base = root / "rows", root / "base"
         if not (self.base / "config.json").exists():  # it is written last
-            world_rows.write(self.rows, dataclasses.replace(WORLD, seed=seed))
-            documents = (self.rows / "documents.jsonl").read_text().splitlines()
-            write_model(self.base, [json.loads(line)["completion"] for line in documents])
+            world_rows.write(self.rows, dataclasses.replace(RECIPE.world, seed=seed))
+            documents = worlds.read(self.rows / "documents.jsonl")
+            worlds.write_model(self.base, [row["completion"] for row in documents])
 
     def train(self, name: str, start: str | None, config: Config) -> None:
-        """One stage, from random weights or from those of the stage before."""
-        model = self.base if start is None else self._exported(start)
+        """One stage, from random weights or from those of the stage before, at its best checkpoint."""
+        model = self.base
+        if start is not None:
+            model = worlds.export(f"{self.root / start}@best", self.root / f"{start}_model")
         section = ModelConfig(path=os.fspath(model), init="random" if start is None else "checkpoint")
         run.train(dataclasses.replace(config, model=section, seed=self.seed), os.fspath(self.root / name), resume=True)
 
-    def _exported(self, stage: str) -> epath.Path:
-        """The best checkpoint of a stage as a model folder."""
-        folder = self.root / f"{stage}_model"
-        if not (folder / "tokenizer_config.json").exists():  # it is written last
-            policy = open_policy(f"{self.root / stage}@best")
-            hf.write(folder, policy.model, policy.params)
-            policy.tokenizer.save_pretrained(os.fspath(folder))
-        return folder
-
-    def likelihood(self, name: str, start: str | None, rows: str, rate: float, every: int) -> None:
+    def likelihood(self, name: str, start: str | None, rows: str, stage: worlds.Stage) -> None:
         """Trains on what is written, until held-out text has not become likelier twice in a row."""
-        self.train(name, start, Config(
-            algorithm="sft", loss=Loss(name="nll"),
-            data=Data(path=(self._file(rows),), eval_path=(self._file(f"{rows}_held_out"),), **LENGTH),
-            optimizer=OptimizerConfig(learning_rate=rate, schedule="constant", warmup=50),
-            train=Train(steps=3000, batch_size=32), evaluate=Evaluate(every=every, patience=2),
-            checkpoint=CheckpointConfig(every=0, keep_last=1), log=LogConfig(tensorboard=False),
-        ))  # fmt: skip
-
-    def _file(self, name: str) -> str:
-        return os.fspath(self.rows / f"{name}.jsonl")
+        self.train(name, start, worlds.likelihood(self.rows, rows, stage))
 
     def ask_people(self) -> None:
         """Two answers of the fine-tuned model to each training prompt, compared by three of five people each."""
         file = self.rows / "answers.jsonl"
         if file.exists():
             return
-        prompts = [json.loads(line)["prompt"] for line in (self.rows / "prompts.jsonl").read_text().splitlines()]
-        subject = self.subject("sft")
-        sampler = Sampler(subject.model, samples=2)
-        answers = answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, self.seed)
-        first, second = zip(*answers.texts, strict=True)
-        knobs = {name: value for name, value in dataclasses.asdict(WORLD.labeller).items() if name != "seed"}
-        people = labellers.panel(WORLD.labellers, self.seed, **knobs)
-        rows = labellers.label_pairs(prompts, first, second, people, WORLD.labels, self.seed)
+        prompts = [row["prompt"] for row in worlds.read(self.rows / "prompts.jsonl")]
+        rows = worlds.compare_answers(self.subject("sft"), prompts, RECIPE.world, self.seed)
         wrong = sum(row["gold_margin"] < 0 for row in rows) / sum(row["gold_margin"] != 0 for row in rows)
         print(f"people compared {len(rows)} pairs; in {wrong:.0%} of those that differ they chose the worse answer")
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        worlds.write(file, rows)
 
     def prefer(self, name: str) -> None:
         """Trains one method on what people preferred."""
         self.train(name, "sft", Config(
-            algorithm="preference", loss=Loss(name=name), data=Data(path=(self._file("answers"),), **LENGTH),
+            algorithm="preference", loss=Loss(name=name),
+            data=Data(path=(os.fspath(self.rows / "answers.jsonl"),), **worlds.LENGTH),
             optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup=10),
             train=Train(steps=120, batch_size=32), evaluate=Evaluate(every=40),
             checkpoint=CheckpointConfig(every=0, keep_last=1), log=LogConfig(tensorboard=False),
@@ -147,16 +89,14 @@ class Chain:
 
     def subject(self, stage: str) -> Subject:
         best = "@best" if stage in ("pretrain", "sft") else ""
-        policy = open_policy(f"{self.root / stage}{best}")
-        return Subject(stage, policy.model, policy.params, policy.tokenizer, policy.end_ids)
+        return worlds.open_subject(stage, f"{self.root / stage}{best}")
 
     def results(self) -> tuple[list[str], list[Result]]:
         """What every stage answers to the held-out prompts."""
-        rows = (self.rows / "prompts_held_out.jsonl").read_text().splitlines()
-        prompts = [json.loads(line)["prompt"] for line in rows]
+        prompts = [row["prompt"] for row in worlds.read(self.rows / "prompts_held_out.jsonl")]
         subjects = [self.subject(stage) for stage in ("pretrain", "sft", *METHODS)]
         results = compare(
-            subjects, prompts, {}, world.gold, baseline="sft", sampling=SAMPLING, samples=4, seed=self.seed
+            subjects, prompts, {}, world.gold, baseline="sft", sampling=worlds.SAMPLING, samples=4, seed=self.seed
         )  # fmt: skip
         return prompts, results
 
@@ -181,9 +121,9 @@ def run_seed(root: epath.Path, seed: int, console: Console) -> tuple[Chain, list
     """All stages of one seed."""
     chain = Chain(root, seed)
     console.rule(f"seed {seed}: 1. pre-training on the documents of the world")
-    chain.likelihood("pretrain", None, "documents", rate=4e-3, every=100)
+    chain.likelihood("pretrain", None, "documents", RECIPE.pretrain)
     console.rule(f"seed {seed}: 2. supervised fine-tuning on demonstrations")
-    chain.likelihood("sft", "pretrain", "demonstrations", rate=1e-3, every=50)
+    chain.likelihood("sft", "pretrain", "demonstrations", RECIPE.sft)
     console.rule(f"seed {seed}: 3. people compare two answers to each prompt")
     chain.ask_people()
     for name in METHODS:
@@ -196,7 +136,7 @@ def run_seed(root: epath.Path, seed: int, console: Console) -> tuple[Chain, list
 STORY = (
     "A tiny model was pre-trained on the documents of a small world, fine-tuned on demonstrations until the held-out "
     "loss stopped falling, and then trained with DPO, IPO and KTO on its own answers as simulated people compared "
-    f"them. These people err in {WORLD.labeller.noise:.0%} of their labels and like long answers.",
+    f"them. These people err in {RECIPE.world.labeller.noise:.0%} of their labels and like long answers.",
     "The gold reward is the known one of the world, from -3 to 3: 2 for a right answer, 1 for politeness (-1 for "
     "rudeness), less 0.1 for each word too many. Nothing was trained on it, and no prompt below was in any training.",
 )

@@ -1,28 +1,41 @@
 """An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
 
-import inspect
 import math
 import os
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 from etils import epath
 from jax.sharding import Mesh
 
-from rlhf_jax import fields, metrics, registry, sharding
+from rlhf_jax import fields, metrics, objective, registry, sharding
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
+from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.step import Batch, Objective, Optimizer, Reads
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.loader import Loader, once
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses import LOSSES
 from rlhf_jax.models import checkpoint, lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
+
+T = TypeVar("T")
+
+
+class Memory:
+    """What several experiments of one program read alike, such as rows: made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when this key was first asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
 
 class Built(NamedTuple):
@@ -37,16 +50,44 @@ class Built(NamedTuple):
     data: dataset.Dataset
     held_out: tuple[dataset.Example, ...]
     loader: Loader
-    takes: type  # what the loss takes
-    objective: Objective
+    parts: tuple[Part, ...]  # the losses
+    reads: Reads  # what they ask of the data
     optimizer: Optimizer
     hyper: dict[str, Any]
     steps: int
 
     @property
-    def reads(self) -> Reads:
-        """What a row is, and whether a reference is asked."""
-        return ALGORITHMS[self.config.algorithm].READS[self.takes]
+    def moves(self) -> bool:
+        """Whether the reference moves."""
+        return self.config.preference.sync_every is not None
+
+    # What the algorithm makes of this experiment.
+
+    def _of_algorithm(self, what: str, *more: Any) -> Any:
+        return getattr(ALGORITHMS[self.config.algorithm], what)(*more)
+
+    @property
+    def objective(self) -> Objective:
+        """What is differentiated."""
+        return self._of_algorithm("make_objective", self.model, self.parts, self.config.preference)
+
+    @property
+    def judge(self) -> Callable[..., Any]:
+        """The objective, and what is said of single rows."""
+        return self._of_algorithm("make_judge", self.model, self.parts, self.config.preference)
+
+    def prepare(self, reference: Any, compiled: Callable[..., Any]) -> Callable[..., Iterator[Batch]]:
+        """Batches from rows."""
+        return self._of_algorithm("make_prepare", self.model, self.parts, self.config.preference, reference, compiled)
+
+    def carry(self, params: Any) -> Any:
+        """The algorithm's own state at the start."""
+        return self._of_algorithm("make_carry", self.parts, self.config.preference, params)
+
+    @property
+    def advance(self) -> Callable[..., Any] | None:
+        """How that state moves; None if there is none."""
+        return self._of_algorithm("make_advance", self.parts, self.config.preference)
 
     def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool) -> Iterator[Batch]:
         """Every example once, in batches of the training size, this process's rows."""
@@ -55,28 +96,6 @@ class Built(NamedTuple):
             examples, batch_size=size, length=self.loader.length, buckets=self.config.data.buckets,
             mismatched=mismatched, pack=self.config.data.pack, rows=sharding.local_rows(self.mesh, size),
         )  # fmt: skip
-
-
-def _loss(config: Config) -> tuple[Callable, type, dict[str, Any], dict[str, Any]]:
-    """The loss, what it takes, its numbers and its other arguments."""
-    algorithm = ALGORITHMS[config.algorithm]
-    loss = registry.resolve(LOSSES, config.loss.name, "loss")
-    first = next(iter(inspect.signature(loss).parameters), "")
-    columns = typing.get_type_hints(loss).get(first)
-    if columns not in algorithm.READS:
-        home = [name for name, module in ALGORITHMS.items() if columns in module.READS]
-        wanted = " or ".join(f"{taken.__module__}.{taken.__name__}" for taken in algorithm.READS)
-        hint = f"use --config.algorithm={home[0]}" if home else f"annotate its first argument {first} with {wanted}"
-        raise UserError(
-            f"algorithm {config.algorithm!r} can't run the loss {config.loss.name!r}; choose --config.loss.name from "
-            f"{', '.join(algorithm.LOSSES)}, or {hint}."
-        )
-    values = registry.arguments("loss", loss, config.loss)
-    numbers = {name: v for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    options = {name: v for name, v in values.items() if name not in numbers}
-    if config.algorithm == "preference" and "beta" not in numbers:
-        raise UserError(f"the preference loss {config.loss.name!r} must take beta: the rewards are scaled by it.")
-    return loss, typing.cast(type, columns), numbers, options
 
 
 def _optimizer(config: Config) -> tuple[Callable[[int], Optimizer], dict[str, float]]:
@@ -99,17 +118,26 @@ def _optimizer(config: Config) -> tuple[Callable[[int], Optimizer], dict[str, fl
 ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (
         lambda x: x >= 1,
-        ("train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk"),
+        (
+            "train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk",
+            "preference.sync_every",
+        ),
     ),
     "at least 0": (
         lambda x: x >= 0,
         (
             "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "evaluate.patience",
             "data.threads", "train.balance", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
+            "loss.weights", "loss.desirable_weight", "loss.undesirable_weight", "loss.z_loss",
         ),
     ),
     "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
-    "above 0 and at most 1": (lambda x: 0 < x <= 1, ("optimizer.decay",)),
+    "above 0 and at most 1": (
+        lambda x: 0 < x <= 1,
+        ("optimizer.decay", "preference.sync_mix"),
+    ),
+    "above 0 and below 1": (lambda x: 0 < x < 1, ("loss.tau",)),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("preference.length_alpha",)),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2", "optimizer.momentum")),
     "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
     "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("seed",)),
@@ -192,16 +220,18 @@ def load_tokenizer(folder: epath.Path) -> Any:
         ) from error
 
 
-def build(config: Config, workdir: epath.Path) -> Built:
+def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> Built:
     """Reads and checks everything that a run needs, and compiles nothing.
 
+    Args:
+      memory: what other experiments of the program have read already.
     Errors: UserError for whatever the user can mend.
     """
+    memory = memory or Memory()
     _check_values(config)
     _check_patience(config)
     metrics.check(config.log)
-    loss, takes, numbers, options = _loss(config)
-    form = ALGORITHMS[config.algorithm].READS[takes].form
+    chosen = objective.choose(config)
     make_optimizer, rates = _optimizer(config)
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
@@ -209,7 +239,36 @@ def build(config: Config, workdir: epath.Path) -> Built:
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
     _check_batch(config, Layout(mesh).shards)
-    found = start.find(config.model.path)
+    found, model = memory.get(("model", config.model, config.lora, config.mesh), lambda: _model(config, mesh))
+    length = model.shape.length if config.data.length is None else config.data.length
+    if length > model.shape.length:
+        raise UserError(
+            f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
+        )
+    tokenizer, encoder = memory.get(("encoder", config.model, config.data), lambda: _encoder(config, found))
+    form = cast(Any, chosen.reads.form)
+    rows = memory.get(
+        ("rows", config.model, config.data, form), lambda: dataset.read(config.data, encoder, form, length)
+    )
+    data = dataset.split(rows, config.data, config.seed)
+    _check_data(data, model, chosen)
+    held_out = _held_out(config, data, chosen.reads)
+    loader = Loader(
+        dataset.unpaired(data.train) if form == "labelled" else data.train, batch_size=config.train.batch_size,
+        seed=config.seed, length=length, buckets=config.data.buckets, weights=config.data.weights,
+        mismatched=chosen.reads.mismatched, pack=config.data.pack,
+    )  # fmt: skip
+    steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
+    hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
+    return Built(
+        config, workdir, mesh, model, found, tokenizer, data, held_out, loader, chosen.parts, chosen.reads,
+        make_optimizer(steps), hyper, steps,
+    )  # fmt: skip
+
+
+def _model(config: Config, mesh: Mesh) -> tuple[start.Start, Model]:
+    """Where the model lies, and the model with its adapter, checked against the weights and the mesh."""
+    found = start.find(str(config.model.path))
     plain = start.describe(found, config.model.numerics(), Layout(mesh))
     if config.model.init == "checkpoint":
         start.check(found, plain)
@@ -219,42 +278,47 @@ def build(config: Config, workdir: epath.Path) -> Built:
             "--config.lora.rank adapts the weights of a checkpoint, and --config.model.init=random has none; drop one."
         )
     sharding.check_divides(model, mesh)
-    length = model.shape.length if config.data.length is None else config.data.length
-    if length > model.shape.length:
-        raise UserError(
-            f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
-        )
-    tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
-    encoder = Encoder(tokenizer, config.data.chat_template, train_on=config.data.train_on, special=config.data.special)
-    data = dataset.load(config.data, encoder, typing.cast(Any, form), length, config.seed)
-    largest = max(int(c.ids.max()) for e in (*data.train, *data.evaluation) for c in e.completions)
+    return found, model
+
+
+def _encoder(config: Config, found: start.Start) -> tuple[Any, Encoder]:
+    """The tokenizer, and how it is used."""
+    tokenizer, data = load_tokenizer(tokenizer_folder(found, config.model.tokenizer)), config.data
+    return tokenizer, Encoder(tokenizer, data.chat_template, train_on=data.train_on, special=data.special)
+
+
+def _check_data(data: dataset.Dataset, model: Model, chosen: objective.Chosen) -> None:
+    examples = (*data.train, *data.evaluation)
+    largest = max(int(c.ids.max()) for e in examples for c in e.completions)
     if largest >= model.shape.vocab:
         raise UserError(
             f"the tokenizer gives token {largest}, but the model's vocabulary ends at {model.shape.vocab - 1}; "
             "check --config.model.tokenizer."
         )
+    for part in chosen.parts:
+        says, allowed = objective.LIMITS.get((part.name, "label_smoothing"), ("", lambda _: True))
+        sure = next((e.where for e in examples if not allowed(1 - e.probability)), None)
+        if "label_smoothing" in part.by_row and sure is not None:
+            raise UserError(
+                f"{sure}: the loss {part.name!r} has no value for a label without doubt, which "
+                "--config.data.probability gives; choose another --config.loss.name or mend the rows."
+            )
+
+
+def _held_out(config: Config, data: dataset.Dataset, reads: Reads) -> tuple[dataset.Example, ...]:
+    """The held-out rows that are used."""
     held_out = data.evaluation[: config.evaluate.rows]
     if config.evaluate.patience and not held_out:
         raise UserError(
             "--config.evaluate.patience needs held-out rows and there are none; give --config.data.eval_path, or raise "
             "--config.data.eval_share or --config.evaluate.rows."
         )
-    train = dataset.unpaired(data.train) if form == "labelled" else data.train
     # Held-out pairs stay pairs for a loss of single answers, so that its accuracy means the same.
-    if form == "labelled" and len({len(example.completions) for example in held_out}) > 1:
+    if reads.form == "labelled" and len({len(example.completions) for example in held_out}) > 1:
         held_out = dataset.unpaired(held_out)
-    if form == "labelled" and len({example.prompt for example in held_out}) == 1:
+    if reads.mismatched and len({example.prompt for example in held_out}) == 1:
         raise UserError(
             "the held-out rows have one prompt, but this loss puts each answer behind another's prompt; "
             "raise --config.data.eval_share or give --config.data.eval_path."
         )
-    loader = Loader(
-        train, batch_size=config.train.batch_size, seed=config.seed, length=length,
-        buckets=config.data.buckets, weights=config.data.weights, mismatched=form == "labelled", pack=config.data.pack,
-    )  # fmt: skip
-    steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
-    objective = ALGORITHMS[config.algorithm].make_objective(model, loss, takes, options)
-    return Built(
-        config, workdir, mesh, model, found, tokenizer, data, held_out, loader, takes, objective,
-        make_optimizer(steps), {"loss": numbers, "optimizer": rates, **_balance(config, model)}, steps,
-    )  # fmt: skip
+    return held_out

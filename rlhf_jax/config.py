@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS
+from rlhf_jax.algorithms.preference import PreferenceConfig
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.data.config import Data
 from rlhf_jax.losses import LOSSES
@@ -29,9 +30,15 @@ class ModelConfig(Numerics):
 
 @generated(LOSSES)
 class Loss:
-    """What is minimised; a hyper-parameter left at none has the loss's own default."""
+    """What is minimised: a loss, a named sum (rpo, mpo) or a sum of names such as dpo+nll.
+
+    A hyper-parameter left at none has each loss's own default.
+    """
 
     name: str = "dpo"
+    weights: Annotated[
+        tuple[float, ...], "of the losses of a sum, such as dpo+nll; empty: 1 each, or the sum's own"
+    ] = ()
 
 
 @generated(OPTIMIZERS)
@@ -83,6 +90,7 @@ class Config:
     lora: Lora = Lora()
     data: Data = Data()
     loss: Loss = Loss()  # pyright: ignore[reportInvalidTypeForm]
+    preference: PreferenceConfig = PreferenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -24,6 +24,10 @@ A file has a function `get_config`. One with variants also has `VARIANTS`, a dic
 
 Leaf types: int, float, bool, str, Literal, `tuple[T, ...]` (values with commas between) and `T | None`
 (written `none`; the text "none" itself can only be given in a file). `--flagfile=FILE` is absl's own.
+
+One field of a program may take the words of the command line, which otherwise nothing reads:
+
+    runs: Annotated[tuple[str, ...], flags.WORDS, "folders"] = ()  # compare A B --seed=1, or compare --runs=A,B
 """
 
 import dataclasses
@@ -32,7 +36,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 from absl import flags
 from etils import epath
@@ -53,6 +57,7 @@ from rlhf_jax.fields import (
 )
 
 P = TypeVar("P")
+WORDS: Final = object()  # in an annotation: the field takes the words of the command line too
 
 
 def load(spec: str) -> Any:
@@ -123,7 +128,7 @@ def parse(argv: Sequence[str], program: type[P]) -> P:
       program: a frozen dataclass as in the module's docstring.
     Raises: UserError for whatever is wrong with the command line or a file; SystemExit(0) after --help.
     """
-    own = [field for field in declared(program) if not field.is_section]
+    own = [_with_words(field, program) for field in declared(program) if not field.is_section]
     sections = [field for field in declared(program) if field.is_section]
     meaning = "the file, FILE.py or FILE.py:VARIANT, that the fields below start from"
     files = [field._replace(type=str, value=None, meaning=field.meaning or meaning) for field in sections]
@@ -147,14 +152,33 @@ def parse(argv: Sequence[str], program: type[P]) -> P:
     values = _flag_values(known + files)
     with _one_sentence(values):
         words = values(argv)[1:]
-    if words:
-        raise UserError(f"nothing reads the word {words[0]!r}; write --flag=value, --help lists the flags.")
     given = {leaf.path: values[leaf.path].value for leaf in known if values[leaf.path].present}
+    given |= _words(words, [field.path for field in own if _takes_words(field, program)], given)
     for leaf in own:
         if leaf.value is MISSING and leaf.path not in given:
             raise UserError(f"pass --{leaf.path}=...: {leaf.meaning or leaf.kind.allowed}.")
     replaced = {name: _replace(section, name, given) for name, section in loaded.items()}
     return program(**replaced, **{leaf.name: given[leaf.path] for leaf in own if leaf.path in given})
+
+
+def _takes_words(field: Field, program: type) -> bool:
+    return WORDS in get_args(get_type_hints(program, include_extras=True)[field.name])
+
+
+def _with_words(field: Field, program: type) -> Field:
+    """The field, its meaning saying so where it takes words."""
+    if not _takes_words(field, program):
+        return field
+    return field._replace(meaning=f"{field.meaning}; also the words of the command line that no flag takes")
+
+
+def _words(words: Sequence[str], takes: Sequence[str], given: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The words as the value of the field that takes them; commas in them are theirs."""
+    if words and not takes:
+        raise UserError(f"nothing reads the word {words[0]!r}; write --flag=value, --help lists the flags.")
+    if words and takes[0] in given:
+        raise UserError(f"the word {words[0]!r} and --{takes[0]} say the same thing; leave one of them away.")
+    return {takes[0]: tuple(words)} if words else {}
 
 
 def _load_section(field: Field, spec: str | None) -> Any:

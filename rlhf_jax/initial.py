@@ -9,11 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import preference
+from rlhf_jax.algorithms.completions import REFERENCE, reference_columns
 from rlhf_jax.algorithms.step import ADAPTER, INIT, TrainState, make_state
 from rlhf_jax.build import Built
 from rlhf_jax.data import dataset
-from rlhf_jax.data.columns import Columns
+from rlhf_jax.data.columns import Columns, fill
 from rlhf_jax.models import lora, start
 
 
@@ -45,10 +45,15 @@ def trained_shapes(built: Built) -> Any:
     return shapes if built.model.adapter is None else lora.split(shapes)[0]
 
 
+def new_state(built: Built, params: Any, key: jax.Array) -> TrainState:
+    """The state before the first update, without what is frozen."""
+    return make_state(params, built.hyper, built.optimizer, key, carry=built.carry(params))
+
+
 def state_shapes(built: Built) -> TrainState:
     """The state's shapes, each with its sharding; without what is frozen."""
     key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
-    make = lambda p, k: make_state(p, built.hyper, built.optimizer, k)
+    make = lambda params, key: new_state(built, params, key)
     shapes = jax.eval_shape(make, trained_shapes(built), key)
     places = sharding.state_shardings(shapes, built.mesh)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
@@ -68,8 +73,11 @@ def _reference_identity(built: Built) -> str:
     return f"{name}-{model.param_dtype}-{model.compute_dtype}"
 
 
-def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's log-probabilities of the training rows from batch `first` on, and of the held-out rows.
+Tables = dict[str, tuple[np.ndarray, np.ndarray]]  # column -> tables of the training and of the held-out rows
+
+
+def reference_tables(builts: Sequence[Built], params: Callable[[], Any], first: int) -> list[Tables]:
+    """For each experiment the columns of the reference that they share, from batch `first` on.
 
     What an earlier run on the same reference and rows has left in the cache is not computed again.
 
@@ -77,27 +85,44 @@ def reference_tables(built: Built, params: Callable[[], Any], first: int) -> tup
       params: gives the reference's parameters; called only if something is missing.
     Returns: tables by example index, see `Columns.table`.
     """
-    loader = built.loader
-    span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
-    rows = sorted({loader.order(p) for p in span})
-    visited = [loader.examples[place] for row in rows for place in loader.rows[row]]
-    columns = Columns(os.path.expanduser(built.config.cache), _reference_identity(built))
+    built = builts[0]
+    visited = [_visited(one, first) for one in builts]
+    held_out = [list(one.held_out) for one in builts]
+    shared = built.config.preference.length_alpha is not None
+    names = REFERENCE if shared else REFERENCE[:1]
+    folder, identity = os.path.expanduser(built.config.cache), _reference_identity(built)
+    stores = {name: Columns(folder, identity, shared=name == "ref_shared") for name in names}
     everywhere = NamedSharding(built.mesh, PartitionSpec())
-    run = jax.jit(preference.make_reference_pass(built.model.without_adapter()), out_shardings=everywhere)
+    model = built.model.without_adapter()
+    run = jax.jit(lambda params, batch: reference_columns(model, params, batch, shared), out_shardings=everywhere)
 
-    def compute(examples: Sequence[dataset.Example]) -> np.ndarray:
+    def compute(examples: Sequence[dataset.Example]) -> dict[str, np.ndarray]:
         print(f"reference: computing {len(examples)} rows", flush=True)
         fixed = params()
         order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].completions)))
         place = {example.index: i for i, example in enumerate(examples)}
-        values = np.empty((len(examples), max(len(example.completions) for example in examples)), np.float32)
+        shape = len(examples), max(len(example.completions) for example in examples)
+        values = {name: np.empty(shape, np.float32) for name in names}
         for part in built.rows_once([examples[i] for i in order], mismatched=False):
             batch = sharding.place_rows(part, built.mesh)
             index = sharding.fetch(batch["index"]).reshape(-1)
             some = index >= 0
-            values[[place[i] for i in index[some].tolist()]] = sharding.fetch(run(fixed, batch))[some]
+            for name, column in run(fixed, batch).items():
+                values[name][[place[i] for i in index[some].tolist()]] = sharding.fetch(column)[some]
         return values
 
-    for part in (visited, built.held_out):
-        columns.fill(part, compute, write=jax.process_index() == 0)
-    return columns.table(visited), columns.table(built.held_out)
+    for part in (visited, held_out):
+        union = list({example.index: example for rows in part for example in rows}.values())
+        fill(stores, union, compute, write=jax.process_index() == 0)
+    return [
+        {name: (store.table(ours), store.table(theirs)) for name, store in stores.items()}
+        for ours, theirs in zip(visited, held_out, strict=True)
+    ]
+
+
+def _visited(built: Built, first: int) -> list[dataset.Example]:
+    """The training examples that the run will see, from batch `first` on."""
+    loader = built.loader
+    span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
+    rows = sorted({loader.order(p) for p in span})
+    return [loader.examples[place] for row in rows for place in loader.rows[row]]

@@ -108,11 +108,13 @@ class Log:
     """Everything that records a run; on other processes than the first it records nothing."""
 
     def __init__(
-        self, workdir: epath.Path, config: LogConfig, *, start: int, steps: int, resolved: dict[str, Any], main: bool
-    ):
+        self, workdir: epath.Path, config: LogConfig, *, start: int, steps: int, resolved: dict[str, Any], main: bool,
+        progress: bool = True,
+    ):  # fmt: skip
+        """Args: progress: False keeps it off the terminal, whatever the config says: of several runs one is shown."""
         self._main = main
         self._sinks: list[Any] = []
-        self._bar = Bar(steps, start, config.progress and main)
+        self._bar = Bar(steps, start, config.progress and main and progress)
         if main:
             self._steps = Lines(workdir / "metrics.jsonl", start)
             # The evaluation at a checkpoint's own step came before the checkpoint.

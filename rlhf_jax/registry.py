@@ -86,27 +86,40 @@ def resolve(registry: Mapping[str, T], name: str, what: str) -> T:
     return getattr(found, attribute)
 
 
-def arguments(section: str, function: Callable, fields: Any, flag_prefix: str = "") -> dict[str, Any]:
-    """Returns the keyword arguments to call `function` with: its defaults, then the fields that are set.
+def arguments(section: str, function: Callable, fields: Any) -> dict[str, Any]:
+    """Returns the keyword arguments to call `function` with, the entry that `fields.name` resolved to.
+
+    As `arguments_of` of one function.
+    """
+    return arguments_of(section, {fields.name: function}, fields)[fields.name]
+
+
+def arguments_of(section: str, functions: Mapping[str, Callable], fields: Any) -> dict[str, dict[str, Any]]:
+    """Returns the keyword arguments to call each of the functions with: its defaults, then the fields that are set.
 
     Args:
       section: the section's name, such as "loss".
-      function: the entry that `fields.name` resolved to.
+      functions: by the names that `fields.name` resolved to.
       fields: an instance of a class that `generated` made; fields that it declares itself are left out.
-      flag_prefix: what the section's flags begin with, by default `--config.SECTION`.
-    Raises: UserError if a field is set that `function` doesn't read, or one that it needs isn't.
+    Raises: UserError if a field is set that no function reads, or one that a function needs isn't.
     """
-    prefix, takes = flag_prefix or f"--config.{section}", _keywords(function)
+    prefix = f"--config.{section}"
+    takes = {name: _keywords(function) for name, function in functions.items()}
     ours = [field.name for field in dataclasses.fields(fields) if "registry" in field.metadata]
     given = {name: getattr(fields, name) for name in ours if getattr(fields, name) is not None}
-    if ignored := [name for name in given if name not in takes]:
+    known = list(dict.fromkeys(name for keywords in takes.values() for name in keywords))
+    if ignored := [name for name in given if name not in known]:
         raise UserError(
             f"{section} {fields.name!r} would ignore {', '.join(ignored)}; it takes "
-            f"{', '.join(takes) or 'none'}. Drop {prefix}.{ignored[0]} or choose another {prefix}.name."
+            f"{', '.join(known) or 'none'}. Drop {prefix}.{ignored[0]} or choose another {prefix}.name."
         )
-    effective = {name: parameter.default for name, parameter in takes.items()} | given
-    for name, value in effective.items():
-        if value is inspect.Parameter.empty:
-            how = f"pass {prefix}.{name}" if name in ours else "give that argument a default"
-            raise UserError(f"{section} {fields.name!r} needs {name}; {how}.")
+    effective = {
+        name: {k: given.get(k, parameter.default) for k, parameter in keywords.items()}
+        for name, keywords in takes.items()
+    }
+    for name, values in effective.items():
+        for argument, value in values.items():
+            if value is inspect.Parameter.empty:
+                how = f"pass {prefix}.{argument}" if argument in ours else "give that argument a default"
+                raise UserError(f"{section} {name!r} needs {argument}; {how}.")
     return effective

@@ -5,10 +5,10 @@ before anything is compiled.
 """
 
 import dataclasses
+import itertools
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +16,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import fields, sharding
-from rlhf_jax.algorithms import ALGORITHMS
-from rlhf_jax.algorithms.step import Batch, TrainState, make_state, make_step
+from rlhf_jax import fields, sharding, worlds
+from rlhf_jax.algorithms.step import Batch, TrainState, make_step
 from rlhf_jax.build import Built, build
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.checkpoint import Restored
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
-from rlhf_jax.initial import base_params, new_adapter, reference_tables, state_shapes
-from rlhf_jax.metrics import Log, wilson
-from rlhf_jax.workdir import check_base, evaluations, last_line, open_workdir
+from rlhf_jax.initial import Tables, base_params, new_adapter, new_state, reference_tables, state_shapes
+from rlhf_jax.members import Axis, Member, patience
+from rlhf_jax.metrics import wilson
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.workdir import check_base, last_line, open_workdir
 
 
 def use_compile_cache() -> None:
@@ -53,6 +54,7 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
         if the run is finished.
     Errors: UserError, before anything is compiled, for whatever the user can mend.
     """
+    config = worlds.provide(config, train)
     if not workdir:
         raise UserError("--workdir is empty; give the folder that the run writes to.")
     place = epath.Path(os.path.expanduser(workdir))
@@ -64,15 +66,24 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     built = build(config, place)
     if step is not None and step >= built.steps:
         return _finished(place, step)
-    if jax.process_index() == 0:
+    begin(built)
+    announce(built)
+    return Run([built], step).train()[0]
+
+
+def begin(built: Built) -> None:
+    """Writes what a run's folder holds before its first step.
+
+    Errors: UserError for an adapter's folder that was started on other weights.
+    """
+    place, main = built.workdir, jax.process_index() == 0
+    if main:
         part = place / "config.json.part"  # so that a kill leaves the whole file or none
-        part.write_text(json.dumps(fields.to_dict(config), indent=2) + "\n")
+        part.write_text(json.dumps(fields.to_dict(built.config), indent=2) + "\n")
         part.replace(place / "config.json")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
     if built.model.adapter is not None:
-        check_base(place, built.start, write=jax.process_index() == 0)
-    announce(built)
-    return Run(built, step).train()
+        check_base(place, built.start, write=main)
 
 
 def _finished(workdir: epath.Path, step: int, why: str = "there is nothing left to do") -> Result:
@@ -102,80 +113,63 @@ def announce(built: Built) -> None:
         print(f"  trained | {trained!r}", flush=True)
 
 
-class Patience:
-    """Ends a run whose held-out loss has stopped falling."""
-
-    def __init__(self, most: int):
-        self.most, self.best, self.since = most, math.inf, 0  # evaluations since the best one
-
-    def see(self, loss: float) -> None:
-        """Takes the loss of the next evaluation."""
-        lower = loss < self.best
-        self.best, self.since = (loss, 0) if lower else (self.best, self.since + 1)
-
-    @property
-    def ended(self) -> bool:
-        return 0 < self.most <= self.since
-
-
-def patience(workdir: epath.Path, config: Config, step: int) -> Patience:
-    """What the evaluations of a run, up to a step, left of its patience."""
-    made = Patience(config.evaluate.patience)
-    for row in evaluations(workdir):
-        if row["step"] <= step:
-            made.see(row["eval/loss"])
-    return made
-
-
 class Run:
-    """The training loop of one built experiment."""
+    """The training loop of one built experiment, or of several that share one program, in step with each other."""
 
-    def __init__(self, built: Built, step: int | None):
-        """Args: step: the checkpoint to go on from; None starts anew."""
-        self.built, config = built, built.config
-        rows = sharding.row_sharding(built.mesh)
-        shapes = state_shapes(built)
+    def __init__(self, builts: Sequence[Built], step: int | None):
+        """Args:
+        builts: one, or several that `sweep.program` says the same of.
+        step: the checkpoint to go on from; None starts anew.
+        """
+        self.built, mesh = builts[0], builts[0].mesh
+        self.axis = Axis(len(builts), mesh)
+        self.members = [Member(built, step) for built in builts]
+        self.rows = sharding.row_sharding(mesh)
+        shapes = state_shapes(self.built)
         places = jax.tree.map(lambda x: x.sharding, shapes)
-        self.checkpoints = Checkpoints(built.workdir / "checkpoints", config.checkpoint)
         self.pending: list[Batch] = []
-        self.position, self.tokens, self.evaluated = 0, 0, {}
-        self.scored = None  # the step of the last evaluation that a checkpoint was saved with
-        self.patience = patience(built.workdir, config, -1 if step is None else step)
-        if step is not None:
-            restored = self.checkpoints.restore(step, shapes, rows)
-            state, self.pending = restored.state, restored.pending
-            host = restored.host
-            self.position, self.tokens, self.evaluated = host["position"], host["tokens"], host["evaluated"]
-            self.scored = self.evaluated.get("step")
-            if host["data"] != built.data.fingerprint:
-                raise UserError(
-                    f"the rows of {', '.join(config.data.path)} are not those that {built.workdir} was started with; "
-                    "put them back or give another --workdir."
-                )
-        self._prepare_reference()
-        algorithm = ALGORITHMS[config.algorithm]
-        self.prepare = algorithm.make_prepare(built.model, built.takes, self.reference)
-        self.frozen = None if built.model.adapter is None else self._base()
-        if step is None:
-            make = lambda params, key: make_state(params, built.hyper, built.optimizer, key)
-            new = jax.jit(make, out_shardings=places, donate_argnums=0)
-            trained = self._base() if built.model.adapter is None else new_adapter(built)
-            state = new(trained, jax.random.PRNGKey(config.seed))
+        self.position = 0
+        restored = [] if step is None else [member.restore(step, shapes, self.rows) for member in self.members]
+        for member, found in zip(self.members, restored, strict=False):
+            self._check_rows(member, found)
+        self._params: Any = None
+        self._prepare_reference(restored)
+        self.frozen = None if self.built.model.adapter is None else self._base()
+        if restored:
+            self.position = restored[0].host["position"]
+            states = [found.state for found in restored]
+            self.pending = [self.axis.stack(batches) for batches in zip(*(r.pending for r in restored), strict=True)]
+        else:
+            states = [self._new_state(built, places) for built in builts]
+        self.state: TrainState = self.axis.stack(states)
         self._params = None
-        self.state: TrainState = state
-        self._compile(places, rows)
-        self.log = Log(
-            built.workdir, config.log, start=step or 0, steps=built.steps, resolved=fields.to_dict(config),
-            main=jax.process_index() == 0,
-        )  # fmt: skip
+        self._compile(self.axis.places(places))
+        for number, member in enumerate(self.members):
+            member.open_log(step, progress=number == 0)
 
-    def _compile(self, places: TrainState, rows: NamedSharding) -> None:
-        """The jitted step and the objective's sums; both compile when they are first called."""
-        built, config = self.built, self.built.config
-        everywhere = NamedSharding(built.mesh, PartitionSpec())
+    def _check_rows(self, member: Member, restored: Restored) -> None:
+        if restored.host["data"] != member.built.data.fingerprint:
+            raise UserError(
+                f"the rows of {', '.join(member.config.data.path)} are not those that {member.built.workdir} was "
+                "started with; put them back or give another --workdir."
+            )
+
+    def _new_state(self, built: Built, places: TrainState) -> TrainState:
+        """The state before the first step; of several members each has weights of its own, that of one takes them."""
+        trained = self._base() if built.model.adapter is None else new_adapter(built)
+        take = len(self.members) == 1 or built.model.adapter is not None
+        make = jax.jit(
+            lambda params, key: new_state(built, params, key), out_shardings=places, donate_argnums=0 if take else ()
+        )
+        return make(trained, jax.random.PRNGKey(built.config.seed))
+
+    def _compile(self, places: TrainState) -> None:
+        """The jitted step, what it is fed by, and the judge's sums; each compiles when it is first called."""
+        built, config, axis = self.built, self.built.config, self.axis
+        everywhere, rows = NamedSharding(built.mesh, PartitionSpec()), axis.places(self.rows)
         one_step = make_step(
             built.objective, built.optimizer, microbatches=config.train.microbatches,
-            reduce_dtype=config.train.reduce_dtype, layout=built.model.layout,
+            reduce_dtype=config.train.reduce_dtype, layout=built.model.layout, advance=built.advance,
         )  # fmt: skip
 
         def advance(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
@@ -185,21 +179,28 @@ class Run:
         # What is frozen is an argument of its own: the state's buffers are donated and these are not.
         still = jax.tree.map(lambda x: x.sharding, self.frozen)
         self.step = jax.jit(
-            advance, in_shardings=(places, still, rows), out_shardings=(places, everywhere), donate_argnums=0
-        )
-        self.sums = jax.jit(built.objective, out_shardings=everywhere)
+            axis.over(advance, shared=(1,)), in_shardings=(places, still, rows), out_shardings=(places, everywhere),
+            donate_argnums=0,
+        )  # fmt: skip
+        self.judge = jax.jit(axis.over(built.judge, shared=(1, 4)), out_shardings=everywhere)
+        # Of (params, frozen, fixed, carry, hyper, rows) the members share what is frozen and what is fixed.
+        live = lambda function: jax.jit(axis.over(function, shared=(1, 2)), out_shardings=rows)
+        self.prepare = built.prepare(self.reference, live)
 
     def _base(self) -> Any:
         """The weights that training starts from; read once, and not at all where nothing needs them."""
         self._params = base_params(self.built) if self._params is None else self._params
         return self._params
 
-    def _prepare_reference(self) -> None:
-        """What the objective needs of the reference: columns, and for single answers its live parameters."""
-        self._params, self.reference, self.tables = None, None, None
-        if self.built.reads.reference:
-            self.tables = reference_tables(self.built, self._base, self.position)
-        if self.built.reads.form == "labelled" and self.built.model.adapter is None:
+    def _prepare_reference(self, restored: Sequence[Restored]) -> None:
+        """What the objective needs of a fixed reference: columns, and for mismatched rows its live parameters."""
+        self.reference: tuple[Model, Any] | None = None
+        self.tables: list[Tables] = [{} for _ in self.members]
+        if self.built.moves or not self.built.reads.reference:
+            return
+        first = restored[0].host["position"] if restored else 0
+        self.tables = reference_tables([member.built for member in self.members], self._base, first)
+        if self.built.reads.mismatched and self.built.model.adapter is None:
             self.reference = self.built.model, base_params(self.built)  # the state's own buffers are donated
 
     @property
@@ -207,34 +208,40 @@ class Run:
         """The state with what is frozen."""
         return dataclasses.replace(self.state, frozen=self.frozen)
 
-    def _place(self, rows: Batch, held_out: bool = False) -> Batch:
-        if self.tables is not None:
-            rows = rows | {"ref_logprob": self.tables[held_out][rows["index"]]}
-        return sharding.place_rows(rows, self.built.mesh)
+    def _place(self, several: Sequence[Batch], held_out: bool = False) -> Batch:
+        """The members' rows with their reference columns, on the devices."""
+        with_columns = [
+            rows | {name: tables[held_out][rows["index"]] for name, tables in columns.items()}
+            for rows, columns in zip(several, self.tables, strict=True)
+        ]
+        return self.axis.place(with_columns)
 
     def _feed(self) -> Iterator[tuple[int, Batch]]:
-        """Global batches from the data position on, built ahead on the loader's threads."""
+        """Global batches from the data position on, built ahead on the loaders' threads."""
         config = self.built.config
         local = sharding.local_rows(self.built.mesh, config.train.batch_size)
         last = self.position + self.built.steps  # a batch of rows makes one batch or more
-        for number, rows in self.built.loader.iterate(self.position, last, config.data.threads, local):
-            yield number, self._place(rows)
+        loaders = [member.built.loader for member in self.members]
+        threads = config.data.threads if len(loaders) == 1 else min(1, config.data.threads)
+        for batches in zip(*(one.iterate(self.position, last, threads, local) for one in loaders), strict=True):
+            yield batches[0][0], self._place([rows for _, rows in batches])
 
-    def train(self) -> Result:
-        """Runs to the last step; returns the last figures. Whatever ends it, the checkpoint under way is finished."""
+    def train(self) -> list[Result]:
+        """Runs to the last step; the last figures of each. Whatever ends it, checkpoints under way are finished."""
         try:
             return self._train()
         finally:
-            self.checkpoints.close()
-            self.log.close()
+            for member in self.members:
+                member.close()
 
-    def _train(self) -> Result:
+    def _train(self) -> list[Result]:
         built, config = self.built, self.built.config
         feed, queue = self._feed(), iter(self.pending)
-        step, last, row = int(self.state.step), None, {}
+        step, last = int(np.max(jax.device_get(self.state.step))), None
         if step == 0:
             self._evaluate(0)
-        while step < built.steps and not self.patience.ended:
+        ended = False
+        while step < built.steps and not (ended := self._ended()):
             batch = next(queue, None)
             if batch is None:
                 number, rows = next(feed)
@@ -242,61 +249,96 @@ class Run:
                 continue
             self.state, metrics = self.step(self.state, self.frozen, batch)
             if last is not None:  # the device is busy with this step while the one before is written down
-                row = self._write(step - 1, last)
+                self._write(step - 1, last)
             step, last = step + 1, metrics
             due = config.evaluate.every and step % config.evaluate.every == 0
             save = step == built.steps or (config.checkpoint.every and step % config.checkpoint.every == 0)
             if save or due or step == built.steps:
-                row, last = self._write(step - 1, last), None
+                last = self._write(step - 1, last)
             if due or step == built.steps:
                 self._evaluate(step)
                 # What would be loaded as the best must be there, and a run that ends must leave its end.
-                save = save or bool(config.evaluate.patience and (self.patience.since == 0 or self.patience.ended))
+                lowest = any(member.patience.since == 0 for member in self.members)
+                save = save or bool(config.evaluate.patience and (lowest or self._ended()))
             if save:
                 rest = list(queue)  # they no longer read the state, so they can be made now
                 queue = iter(rest)
-                host = {"position": self.position, "tokens": self.tokens, "evaluated": self.evaluated}
-                host["data"] = built.data.fingerprint
-                # An evaluation scores one checkpoint, the first after it: of equal scores the newest would be kept.
-                at = self.evaluated.get("step")
-                self.checkpoints.save(step, self.state, host, rest, {} if at == self.scored else self.evaluated)
-                self.scored = at
-        if self.patience.ended:
-            print(f"stopped: eval/loss has not fallen below {self.patience.best:.4g} {self.patience.since} times")
-        return Result(self.state, row, self.evaluated)
+                self._save(step, rest)
+        if ended or self._ended():
+            best = self.members[0].patience
+            print(f"stopped: eval/loss has not fallen below {best.best:.4g} {best.since} times")
+        pick = lambda number: self.axis.pick(self.state, number)
+        return [Result(pick(number), member.row, member.evaluated) for number, member in enumerate(self.members)]
 
-    def _write(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        values = jax.device_get(metrics)
-        tokens = int(values.pop("tokens"))
-        self.tokens += tokens
-        row = {"step": step} | {name: float(value) for name, value in values.items()}
-        row["num_tokens"] = self.tokens
-        self.log.step(row, tokens)
-        return row
+    def _ended(self) -> bool:
+        """Whether patience ran out; it is a single run's alone."""
+        return len(self.members) == 1 and self.members[0].patience.ended
+
+    def _save(self, step: int, rest: list[Batch]) -> None:
+        for number, member in enumerate(self.members):
+            state, *pending = (self.axis.pick(tree, number) for tree in (self.state, *rest))
+            member.save(step, self.position, state, pending)
+
+    def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        for member, values in zip(self.members, self.axis.split(jax.device_get(metrics)), strict=True):
+            member.write(step, values)
 
     def _evaluate(self, step: int) -> None:
-        """The objective on the held-out rows: sums over all of them, divided once."""
-        if not self.built.held_out:
+        """The objective on the held-out rows: sums over all of them, divided once, and a line a row."""
+        if not any(member.built.held_out for member in self.members):
             return
         key = jax.random.PRNGKey(self.built.config.seed)
-        terms, means = [], []
-        for rows in self.built.rows_once(self.built.held_out, mismatched=self.built.reads.form == "labelled"):
-            for batch in self.prepare(self.whole_state, self._place(rows, held_out=True)):
-                sums = self.sums(self.state.params, self.frozen, self.state.hyper, batch, key)
-                term, mean = jax.device_get(sums)
-                terms.append(term)
-                means.append(mean)
-        self.evaluated = {"step": step, **summarise(terms, means), "eval/rows": len(self.built.held_out)}
-        self.patience.see(self.evaluated["eval/loss"])
-        best = self.built.config.checkpoint
-        if best.keep_best and best.best not in self.evaluated:
+        seen: list[list[Any]] = [[] for _ in self.members]
+        for several in self._held_out():
+            for batch in self.prepare(self.whole_state, self._place(several, held_out=True)):
+                found = self.judge(self.state.params, self.frozen, self.state.hyper, batch, key)
+                for one, rows, said in zip(seen, several, self.axis.split(jax.device_get(found)), strict=True):
+                    one.append((*said, rows["index"]))
+        for member, found in zip(self.members, seen, strict=True):
+            if member.built.held_out:
+                self._note(member, step, found)
+
+    def _held_out(self) -> Iterator[list[Batch]]:
+        """The members' held-out rows, batch by batch; who has no more gets padding rows."""
+        mismatched = self.built.reads.mismatched
+        each = (member.built.rows_once(member.built.held_out, mismatched) for member in self.members)
+        for batches in itertools.zip_longest(*each):
+            some = next(batch for batch in batches if batch is not None)
+            empty = jax.tree.map(np.zeros_like, some) | {"index": np.full_like(some["index"], -1)}
+            yield [empty if batch is None else batch for batch in batches]
+
+    def _note(self, member: Member, step: int, found: list[Any]) -> None:
+        """What an evaluation found of one member."""
+        terms, means, rows, index = (list(column) for column in zip(*found, strict=True))
+        held_out = member.built.held_out
+        member.evaluated = {"step": step, **summarise(terms, means), "eval/rows": len(held_out)}
+        member.patience.see(member.evaluated["eval/loss"])
+        best = member.config.checkpoint
+        if best.keep_best and best.best not in member.evaluated:
             raise UserError(
                 f"--config.checkpoint.best={best.best} is not a metric of the evaluation; "
-                f"choose one of {', '.join(name for name in self.evaluated if name != 'step')}."
+                f"choose one of {', '.join(name for name in member.evaluated if name != 'step')}."
             )
-        self.log.evaluation(self.evaluated)
-        told = ", ".join(f"{n.removeprefix('eval/')} {x:.4g}" for n, x in self.evaluated.items() if n != "step")
-        print(f"held out, step {step}: {told}", flush=True)
+        member.log.evaluation(member.evaluated)
+        if jax.process_count() == 1:  # another process's rows are not here
+            write_rows(member.built, rows, index)
+        if member is self.members[0]:
+            told = ", ".join(f"{n.removeprefix('eval/')} {x:.4g}" for n, x in member.evaluated.items() if n != "step")
+            more = f" ({member.built.workdir.name}, of {len(self.members)})" if len(self.members) > 1 else ""
+            print(f"held out, step {step}{more}: {told}", flush=True)
+
+
+def write_rows(built: Built, rows: list[dict[str, np.ndarray]], index: list[np.ndarray]) -> None:
+    """held_out.jsonl: what the last evaluation said of each held-out row, for comparing runs row by row."""
+    where, lines = {example.index: example.where for example in built.held_out}, []
+    for said, numbers in zip(rows, index, strict=True):
+        for place, number in enumerate(numbers.reshape(-1).tolist()):
+            if number >= 0:
+                figures = {name: float(values[place]) for name, values in said.items()}
+                lines.append(json.dumps({"row": where[number], "index": number, **figures}))
+    part = built.workdir / "held_out.jsonl.part"
+    part.write_text("".join(line + "\n" for line in lines))
+    part.replace(built.workdir / "held_out.jsonl")
 
 
 def summarise(terms: list[dict[str, Any]], means: list[dict[str, Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
@@ -269,3 +269,30 @@ def test_a_program_reads_its_own_command_line_without_noise():
     assert (done.returncode, done.stdout, done.stderr) == (0, "4\n", "")
     done = subprocess.run([sys.executable, "-c", code, "--n=x"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: flag --n=x: it takes an int.\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Worded:
+    runs: Annotated[tuple[str, ...], flags.WORDS, "folders"] = ()
+    seed: int = 0
+
+
+def test_a_field_may_take_the_words_of_the_command_line(capsys):
+    assert parse("a", "b,c", "--seed=1", "d", program=Worded) == Worded(("a", "b,c", "d"), 1)
+    assert parse("--seed=1", "--", "-a", program=Worded) == Worded(("-a",), 1)
+    assert parse("--runs=a,b", program=Worded) == Worded(("a", "b"))
+    assert parse(program=Worded) == Worded()
+    assert refused("c", "--runs=a,b", program=Worded) == (
+        "the word 'c' and --runs say the same thing; leave one of them away."
+    )
+    with pytest.raises(SystemExit):
+        parse("--help", program=Worded)
+    shown = capsys.readouterr().out
+    assert "--runs=  [values with commas between" in shown and "folders; also the words of the command line" in shown
+
+
+def test_a_word_that_nothing_takes_is_refused_whatever_the_program(file):
+    assert refused("--out=o", "word", program=Alone) == (
+        "nothing reads the word 'word'; write --flag=value, --help lists the flags."
+    )
+    assert "nothing reads the word 'word'" in refused(f"--config={file}", "word")

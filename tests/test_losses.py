@@ -1,9 +1,8 @@
-"""Every loss: reference values, laws, an independent float64 oracle, gradients by finite differences."""
+"""Every loss against an independent float64 oracle, its gradient by finite differences of it, and sorted pairs."""
 
-import json
-import math
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax.losses import LOSSES
-from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair, cpo, dpo, hinge, ipo, orpo, simpo
-from rlhf_jax.losses.ranked import RANKED, Ranked, dpo_pl
-from rlhf_jax.losses.supervised import SUPERVISED, Tokens, dft, nll
-from rlhf_jax.losses.unpaired import UNPAIRED, Answer, kto
+from rlhf_jax.losses.preference import (
+    PER_ROW,
+    PREFERENCE,
+    MeanPair,
+    Pair,
+    PolicyPair,
+    SortedMargins,
+    SortedRatios,
+    aot_unpaired,
+    orpo,
+    partners,
+)  # fmt: skip
+from rlhf_jax.losses.ranked import RANKED, Ranked
+from rlhf_jax.losses.supervised import SUPERVISED, SmoothTokens, Tokens
+from rlhf_jax.losses.unpaired import UNPAIRED, Answer, BareAnswer, ShiftedAnswer
 
 
 def f32(*columns: Any) -> list[jax.Array]:
@@ -27,86 +37,132 @@ def log_sigmoid(x: np.ndarray) -> np.ndarray:
     return -np.logaddexp(0.0, -x)
 
 
-# ---- reference values
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.exp(log_sigmoid(x))
 
 
-@pytest.fixture(scope="module")
-def golden(shared) -> dict[str, Any]:
-    return json.loads((shared / "golden/reference_values.json").read_text())
+# ---- oracles that share no code, float64; p is the list of columns
+
+Oracle = Callable[..., np.ndarray]
 
 
-def golden_pair(golden: dict[str, Any]) -> Pair:
-    names = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_len", "rejected_len")
-    return Pair(*f32(*(golden["inputs"]["dpo"][name] for name in names)))
+def logistic64(x: np.ndarray, e: float) -> np.ndarray:
+    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
 
 
-@pytest.mark.parametrize(("name", "loss"), [("sigmoid", dpo), ("hinge", hinge), ("ipo", ipo)])
-def test_pairs_have_the_reference_values(golden, name, loss):
-    expected = golden["values"]["dpo"][name]["per_seq"]
-    found = loss(golden_pair(golden), beta=0.1)
-    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+def mapped64(u: np.ndarray, divergence: str = "reverse_kl", divergence_alpha: float = 0.5) -> np.ndarray:
+    """f'(t) at t = exp(u), from each divergence's f, less what it is at 1."""
+    t = np.exp(u)
+    return {
+        "reverse_kl": lambda: u,
+        "forward_kl": lambda: 1 - 1 / t,
+        "js": lambda: np.log(2 * t / (1 + t)),
+        "alpha": lambda: (t ** (divergence_alpha - 1) - 1) / (divergence_alpha - 1),
+    }[divergence]()
 
 
-@pytest.mark.parametrize("k", [0.0, 0.7])
-def test_kto_has_the_reference_values(golden, k):
-    pair = golden_pair(golden)
-    logprob, ref = jnp.concatenate([pair.chosen, pair.rejected]), jnp.concatenate([pair.ref_chosen, pair.ref_rejected])
-    answer = Answer(logprob, ref, jnp.arange(4) < 2, jnp.full(4, k))
-    found = kto(answer, beta=0.1, desirable_weight=1.0, undesirable_weight=1.5)
-    expected = np.concatenate([np.ravel(part) for part in golden["values"]["kto"][f"kto kl={k}"]["losses"]])
-    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+def ratios64(p: list[np.ndarray], **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    return mapped64(p[0] - p[2], **how), mapped64(p[1] - p[3], **how)
 
 
-def test_losses_without_a_reference_have_the_reference_values(golden):
-    pair, expected = golden_pair(golden), golden["values"]
-    means = MeanPair(pair.chosen / pair.chosen_len, pair.rejected / pair.rejected_len)
-    sums = PolicyPair(pair.chosen, pair.rejected, pair.chosen_len, pair.rejected_len)
-    close = lambda found, values: np.testing.assert_allclose(found, values, rtol=2e-6, atol=2e-6)
-    close(simpo(means, beta=0.1, margin=0.5), expected["cpo"]["simpo(avg logp,gamma=.5,beta=.1)"]["per_seq"])
-    close(cpo(sums, beta=0.1, alpha=0.0), expected["cpo"]["sigmoid"]["per_seq"])
-    close(cpo(sums, beta=0.1, alpha=0.0, label_smoothing=0.1), expected["cpo"]["sigmoid ls=0.1"]["per_seq"])
-    close(cpo(sums, beta=0.1, alpha=0.5) - cpo(sums, beta=0.1, alpha=0.0), -0.5 * means.chosen)
-    means = MeanPair(*f32(*np.asarray(expected["orpo"]["avg_logp"])))  # chosen, rejected
-    odds = np.asarray(expected["orpo"]["OR term -beta*logsigmoid(log_odds)"])
-    close(orpo(means, beta=0.1), -means.chosen + odds)
+def margin64(p: list[np.ndarray], **how: Any) -> np.ndarray:
+    return np.subtract(*ratios64(p, **how))
 
 
-# ---- an oracle that shares no code, float64
+def dpo64(p, beta, label_smoothing, margin, **how):
+    return logistic64(beta * margin64(p, **how) - margin, label_smoothing)
 
 
-def dpo64(p: list[np.ndarray], beta: float, label_smoothing: float) -> np.ndarray:
-    d = beta * (p[0] - p[2] - p[1] + p[3])
-    return -(1 - label_smoothing) * log_sigmoid(d) - label_smoothing * log_sigmoid(-d)
+def robust64(p, beta, label_smoothing, **how):
+    x, e = beta * margin64(p, **how), label_smoothing
+    return (-(1 - e) * log_sigmoid(x) + e * log_sigmoid(-x)) / (1 - 2 * e)
 
 
-def ipo64(p: list[np.ndarray], beta: float, length_normalised: bool) -> np.ndarray:
+def ipo64(p, beta, length_normalised, **how):
+    a, b = ratios64(p, **how)
     lengths = (p[4], p[5]) if length_normalised else (1, 1)
-    return ((p[0] - p[2]) / lengths[0] - (p[1] - p[3]) / lengths[1] - 0.5 / beta) ** 2
+    return (a / lengths[0] - b / lengths[1] - 0.5 / beta) ** 2
 
 
-def hinge64(p: list[np.ndarray], beta: float) -> np.ndarray:
-    return np.maximum(0, 1 - beta * (p[0] - p[2] - p[1] + p[3]))
+def hinge64(p, beta, margin, **how):
+    return np.maximum(0, margin - beta * margin64(p, **how))
+
+
+def exo64(p, beta, label_smoothing, **how):
+    """The Kullback-Leibler divergence of two distributions over two answers, as a sum over both."""
+    x = beta * margin64(p, **how)
+    q = np.stack([np.exp(x), np.ones_like(x)]) / (1 + np.exp(x))
+    label = np.stack([np.full_like(x, 1 - label_smoothing), np.full_like(x, label_smoothing)])
+    return np.sum(q * np.log(q / label), axis=0)
+
+
+def nca64(p, beta):
+    a, b = ratios64(p)
+    return -log_sigmoid(beta * a) - 0.5 * log_sigmoid(-beta * a) - 0.5 * log_sigmoid(-beta * b)
+
+
+def bco_pair64(p, beta):
+    a, b = ratios64(p)
+    return -log_sigmoid(beta * a) - log_sigmoid(-beta * b)
+
+
+def sppo64(p, beta):
+    a, b = ratios64(p)
+    return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2
+
+
+def apo_zero64(p, beta):
+    a, b = ratios64(p)
+    return 1 - sigmoid(beta * a) + sigmoid(beta * b)
+
+
+def apo_down64(p, beta):
+    a, b = ratios64(p)
+    return sigmoid(beta * a) + 1 - sigmoid(beta * (a - b))
+
+
+def discopop64(p, beta, tau, **how):
+    x = beta * margin64(p, **how)
+    m = sigmoid(x / tau)
+    return (1 - m) * -log_sigmoid(x) + m * np.exp(-x)
+
+
+def dpo_norm64(p, beta, **how):
+    a, b = ratios64(p, **how)
+    return -log_sigmoid(beta * (a / p[4] - b / p[5]))
+
+
+def aot64(p, beta, label_smoothing):
+    return logistic64(beta * (p[0] - p[1]), label_smoothing)
+
+
+def aot_unpaired64(p, beta, label_smoothing):
+    above, below = (logistic64(beta * x, label_smoothing) for x in (p[0] - p[2], p[3] - p[1]))
+    return (above + below) / 2
 
 
 def log_odds64(mean: np.ndarray) -> np.ndarray:
     return mean - np.log(-np.expm1(mean))
 
 
-def orpo64(p: list[np.ndarray], beta: float) -> np.ndarray:
+def orpo64(p, beta):
     return -p[0] - beta * log_sigmoid(log_odds64(p[0]) - log_odds64(p[1]))
 
 
-def simpo64(p: list[np.ndarray], beta: float, margin: float) -> np.ndarray:
+def simpo64(p, beta, margin):
     return -log_sigmoid(beta * (p[0] - p[1]) - margin)
 
 
-def cpo64(p: list[np.ndarray], beta: float, alpha: float, label_smoothing: float) -> np.ndarray:
-    d = beta * (p[0] - p[1])
-    smooth = -(1 - label_smoothing) * log_sigmoid(d) - label_smoothing * log_sigmoid(-d)
-    return smooth - alpha * p[0] / p[2]
+def alphapo64(p, beta, margin, alpha):
+    chosen, rejected = ((1 - np.exp(mean) ** -alpha) / alpha for mean in p)
+    return -log_sigmoid(beta * (chosen - rejected) - margin)
 
 
-def dpo_pl64(p: list[np.ndarray], beta: float) -> np.ndarray:
+def cpo64(p, beta, alpha, label_smoothing):
+    return logistic64(beta * (p[0] - p[1]), label_smoothing) - alpha * p[0] / p[2]
+
+
+def dpo_pl64(p, beta):
     """Stage by stage, from the best down, over the completions that are there."""
     out = []
     for logprob, ref, rank, present in zip(*p, strict=True):
@@ -116,40 +172,113 @@ def dpo_pl64(p: list[np.ndarray], beta: float) -> np.ndarray:
     return np.asarray(out)
 
 
-def kto64(p: list[np.ndarray], beta: float, desirable_weight: float, undesirable_weight: float) -> np.ndarray:
-    x = beta * (p[0] - p[1] - p[3])
+def kto64(p, beta, desirable_weight, undesirable_weight):
+    x = beta * (p[0] - p[1] - (p[3] if len(p) > 3 else 0))
     return np.where(p[2], desirable_weight / (1 + np.exp(x)), undesirable_weight / (1 + np.exp(-x)))
 
 
-def nll64(p: list[np.ndarray], z_loss: float) -> np.ndarray:
+def bco64(p, beta):
+    x = beta * (p[0] - p[1]) - p[3]
+    return np.where(p[2], np.log1p(np.exp(-x)), np.log1p(np.exp(x)))
+
+
+def nll64(p, z_loss):
     return -p[0] + z_loss * p[1] ** 2
 
 
-def dft64(p: list[np.ndarray]) -> np.ndarray:
+def dft64(p):
     return -np.exp(p[0]) * p[0]
 
 
+def smooth_nll64(p, label_smoothing):
+    return -(1 - label_smoothing) * p[0] - label_smoothing * p[1]
+
+
+# ---- cases
+
 RNG = np.random.default_rng(0)
-PAIR = [*-RNG.uniform(5, 60, (4, 8)), *RNG.integers(1, 20, (2, 8)).astype(float)]
-ANSWER = [-RNG.uniform(5, 60, 8), -RNG.uniform(5, 60, 8), RNG.random(8) < 0.5, RNG.uniform(0, 3, 8)]
-POLICY = [PAIR[0], PAIR[1], *PAIR[4:]]
-MEANS = [np.append(-RNG.uniform(0.05, 6, 6), [-1e-4, -30.0]), -RNG.uniform(0.05, 6, 8)]
+
+
+def nats(low: float, high: float, *shape: int) -> np.ndarray:
+    """Multiples of 1/64, which float32 and its differences hold exactly."""
+    return np.round(RNG.uniform(low, high, shape) * 64) / 64
+
+
+LENGTHS = RNG.integers(1, 20, (2, 8)).astype(float)
+POLICY = [*nats(-60, -5, 2, 8), *LENGTHS]
+PAIR = [*POLICY[:2], *(POLICY[:2] + nats(-5, 5, 2, 8)), *LENGTHS]
+RATIOS = [*nats(-9, 9, 4, 8)]
+BARE = [*nats(-60, -5, 2, 8), RNG.random(8) < 0.5]
+MEANS = [np.append(nats(-6, -0.05, 6), [-1 / 64, -30.0]), nats(-6, -0.05, 8)]
 RANKS = np.array([[0, 1, 2, 3], [2, 0, 0, 1], [1, 1, 0, 9], [0, 1, 9, 9]], float)
-GROUP = [*-RNG.uniform(5, 60, (2, 4, 4)), RANKS, RANKS < 9]
-TOKENS = [-RNG.uniform(0.1, 5, (2, 4)), RNG.uniform(1, 9, (2, 4))]
-CASES: dict[str, tuple[type, list[np.ndarray], Callable, dict[str, Any]]] = {
-    "dpo": (Pair, PAIR, dpo64, {"beta": 0.3, "label_smoothing": 0.2}),
-    "ipo": (Pair, PAIR, ipo64, {"beta": 0.3, "length_normalised": False}),
-    "ipo by token": (Pair, PAIR, ipo64, {"beta": 0.3, "length_normalised": True}),
-    "hinge": (Pair, PAIR, hinge64, {"beta": 0.02}),
-    "orpo": (MeanPair, MEANS, orpo64, {"beta": 0.3}),
-    "simpo": (MeanPair, MEANS, simpo64, {"beta": 2.5, "margin": 1.25}),
-    "cpo": (PolicyPair, POLICY, cpo64, {"beta": 0.1, "alpha": 0.7, "label_smoothing": 0.2}),
-    "dpo_pl": (Ranked, GROUP, dpo_pl64, {"beta": 0.1}),
-    "kto": (Answer, ANSWER, kto64, {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}),
-    "nll": (Tokens, TOKENS, nll64, {"z_loss": 0.1}),
-    "dft": (Tokens, TOKENS, dft64, {}),
+GROUP = [*nats(-60, -5, 2, 4, 4), RANKS, RANKS < 9]
+TOKENS = [nats(-5, -0.1, 2, 4), nats(1, 9, 2, 4)]
+
+
+class Case(NamedTuple):
+    columns: type
+    inputs: list[np.ndarray]
+    oracle: Oracle
+    numbers: dict[str, Any]
+
+
+BETA, SMOOTH, WEIGHTS = {"beta": 0.3}, {"label_smoothing": 0.2}, {"desirable_weight": 1.2, "undesirable_weight": 0.7}
+# Of each loss one case, or several with a word behind its name.
+CASES: dict[str, Case] = {
+    "dpo": Case(Pair, PAIR, dpo64, BETA | SMOOTH | {"margin": 0.5}),
+    "robust": Case(Pair, PAIR, robust64, BETA | SMOOTH),
+    "ipo": Case(Pair, PAIR, ipo64, BETA | {"length_normalised": True}),
+    "ipo sums": Case(Pair, PAIR, ipo64, BETA | {"length_normalised": False}),
+    "hinge": Case(Pair, PAIR, hinge64, {"beta": 0.17, "margin": 0.9}),
+    "exo": Case(Pair, PAIR, exo64, BETA | SMOOTH),
+    "nca": Case(Pair, PAIR, nca64, BETA),
+    "bco_pair": Case(Pair, PAIR, bco_pair64, BETA),
+    "sppo": Case(Pair, PAIR, sppo64, BETA),
+    "apo_zero": Case(Pair, PAIR, apo_zero64, BETA),
+    "apo_down": Case(Pair, PAIR, apo_down64, BETA),
+    "discopop": Case(Pair, PAIR, discopop64, BETA | {"tau": 0.4}),
+    "dpo_norm": Case(Pair, PAIR, dpo_norm64, {"beta": 5.0}),
+    "aot": Case(SortedMargins, RATIOS[:2], aot64, BETA | SMOOTH),
+    "aot_unpaired": Case(SortedRatios, RATIOS, aot_unpaired64, BETA | SMOOTH),
+    "orpo": Case(MeanPair, MEANS, orpo64, BETA),
+    "simpo": Case(MeanPair, MEANS, simpo64, {"beta": 2.5, "margin": 1.25}),
+    "alphapo": Case(MeanPair, MEANS, alphapo64, {"beta": 2.5, "margin": 1.25, "alpha": 0.2}),
+    "cpo": Case(PolicyPair, POLICY, cpo64, {"beta": 0.1, "alpha": 0.7} | SMOOTH),
+    "dpo_pl": Case(Ranked, GROUP, dpo_pl64, {"beta": 0.1}),
+    "kto": Case(Answer, [*BARE, nats(0, 3, 8)], kto64, BETA | WEIGHTS),
+    "kto_zero": Case(BareAnswer, BARE, kto64, BETA | WEIGHTS),
+    "bco": Case(ShiftedAnswer, [*BARE, nats(-2, 2, 8)], bco64, BETA),
+    "nll": Case(Tokens, TOKENS, nll64, {"z_loss": 0.1}),
+    "dft": Case(Tokens, TOKENS, dft64, {}),
+    "smooth_nll": Case(SmoothTokens, [TOKENS[0], TOKENS[0] - TOKENS[1]], smooth_nll64, SMOOTH),
 }
+TAKES = {name: inspect.signature(loss).parameters for name, loss in LOSSES.items()}
+CASES |= {
+    f"{name} {divergence}": case._replace(
+        numbers=case.numbers | {"beta": 0.05, "divergence": divergence, "divergence_alpha": 0.3}
+    )
+    for name, case in CASES.items()
+    if "divergence" in TAKES[name.split()[0]]
+    for divergence in get_args(TAKES[name.split()[0]]["divergence"].annotation)
+}
+# What is differentiated where it isn't the value: the part that a loss holds fixed is fixed.
+DIFFERENTIATED: dict[str, Oracle] = {
+    "dft": lambda p: -np.exp(TOKENS[0]) * p[0],
+    "aot_unpaired": lambda p, **numbers: 2 * aot_unpaired64(p, **numbers),
+}
+POLICYS_OWN = {"chosen", "rejected", "margin", "logprob", "logprobs", "logsumexp", "mean_logprobs"}
+FIXED = {"partner", "chosen_partner", "rejected_partner", "baseline", "shift"}
+
+
+def columns_of(case: Case, dtype: Any) -> Any:
+    return case.columns(*(jnp.asarray(x, None if x.dtype == bool else dtype) for x in case.inputs))
+
+
+def derivative(oracle: Oracle, inputs: list[np.ndarray], place: int, way: np.ndarray, **numbers: Any) -> np.ndarray:
+    """Of every row along `way`, by differences of the fourth order: exact to about 1e-9 at this step."""
+    step = 1e-4
+    at = lambda k: oracle([x + k * step * way if i == place else x for i, x in enumerate(inputs)], **numbers)
+    return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
 
 
 def test_every_loss_has_an_oracle():
@@ -157,99 +286,87 @@ def test_every_loss_has_an_oracle():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient_agree_with_the_oracle(name):
-    columns, inputs, oracle, numbers = CASES[name]
-    loss = LOSSES[name.split()[0]]
-    as_arrays = columns(*(jnp.asarray(x) if x.dtype == bool else jnp.asarray(x, jnp.float32) for x in inputs))
-    np.testing.assert_allclose(loss(as_arrays, **numbers), oracle(inputs, **numbers), rtol=2e-5, atol=1e-6)
-    for place in (0, 1) if "rejected" in columns._fields else (0,):  # the policy's own columns
+def test_the_value_is_the_oracles(name):
+    case = CASES[name]
+    found = LOSSES[name.split()[0]](columns_of(case, jnp.float32), **case.numbers)
+    np.testing.assert_allclose(found, case.oracle(case.inputs, **case.numbers), rtol=2e-5, atol=1e-6)
 
-        def with_one(x: jax.Array, field: str = columns._fields[place]) -> jax.Array:
-            return jnp.sum(loss(as_arrays._replace(**{field: x}), **numbers))
 
-        gradient = jax.grad(with_one)(as_arrays[place])
-        step, shape = 1e-5, inputs[place].shape
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_the_oracles(name):
+    case = CASES[name]
+    loss, oracle = LOSSES[name.split()[0]], DIFFERENTIATED.get(name, case.oracle)
+    with jax.enable_x64(True):
+        columns = columns_of(case, jnp.float64)
+        moving = {field: x for field, x in columns._asdict().items() if field in POLICYS_OWN | FIXED}
+        total = lambda moving: jnp.sum(loss(columns._replace(**moving), **case.numbers))
+        slopes = {field: np.asarray(slope) for field, slope in jax.grad(total)(moving).items()}
+    for field, slope in slopes.items():
+        if field in FIXED:
+            np.testing.assert_array_equal(slope, 0)
+            continue
+        place = case.columns._fields.index(field)
         # A loss of a row of several completions is moved one column at a time.
-        ways = [np.ones(shape)] if columns is not Ranked else [np.arange(shape[1]) == k for k in range(shape[1])]
-        slopes = []
-        for way in ways:
-            moved = ([x + sign * step * (i == place) * way for i, x in enumerate(inputs[:2])] for sign in (1, -1))
-            up, down = (oracle(first + inputs[2:], **numbers) for first in moved)
-            slopes.append((up - down) / (2 * step))
-        slope = slopes[0] if len(ways) == 1 else np.stack(slopes, axis=1)
-        if name == "dft":  # the weight is held fixed
-            slope = -np.exp(inputs[0])
-        np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+        count = slope.shape[1] if case.columns is Ranked else 0
+        ways = np.eye(count) if count else [np.ones(slope.shape)]
+        parts = [derivative(oracle, case.inputs, place, way, **case.numbers) for way in ways]
+        expected = np.stack(parts, axis=1) if count else parts[0]
+        np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-9)
 
 
-# ---- laws
-
-NATS = st.lists(st.floats(-50, -1, width=32), min_size=4, max_size=4)
-BETA = st.floats(1 / 64, 1, width=32)
-
-
-def pair_of(logprobs: list[float], ref: list[float] | None = None) -> Pair:
-    chosen, rejected, *others = f32(*([x] for x in logprobs))
-    ref_chosen, ref_rejected = others if ref is None else f32(*([x] for x in ref))
-    return Pair(chosen, rejected, ref_chosen, ref_rejected, *f32([5.0], [7.0]))
+def per_row(name: str) -> list[str]:
+    hints = get_type_hints(LOSSES[name], include_extras=True)
+    return [argument for argument, hint in hints.items() if PER_ROW in getattr(hint, "__metadata__", ())]
 
 
-@settings(max_examples=25, deadline=None)
-@given(NATS, BETA)
-def test_the_first_step_at_the_reference(logprobs, beta):
-    at = pair_of(logprobs, ref=logprobs[:2])
-    np.testing.assert_allclose(dpo(at, beta=beta), math.log(2), rtol=1e-6)
-    np.testing.assert_allclose(hinge(at, beta=beta), 1.0)
-    np.testing.assert_allclose(ipo(at, beta=beta), (0.5 / beta) ** 2, rtol=1e-6)
-    answer = Answer(at.chosen, at.chosen, jnp.array([True]), jnp.zeros(1))
-    np.testing.assert_allclose(kto(answer, beta=beta), 0.5)
+@pytest.mark.parametrize("name", [name for name in LOSSES if per_row(name)])
+def test_a_number_a_row_is_that_number_in_its_row(name):
+    case, columns = CASES[name], columns_of(CASES[name], jnp.float32)
+    for argument in per_row(name):
+        numbers = RNG.uniform(0.05, 0.45, len(columns[0])).astype(np.float32)
+        together = LOSSES[name](columns, **case.numbers | {argument: jnp.asarray(numbers)})
+        alone = [LOSSES[name](columns, **case.numbers | {argument: float(x)})[i] for i, x in enumerate(numbers)]
+        np.testing.assert_allclose(together, alone, rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None)
-@given(NATS, BETA)
-def test_swapping_flips_the_margin_and_a_common_shift_changes_nothing(logprobs, beta):
-    pair = pair_of(logprobs)
-    swapped = Pair(pair.rejected, pair.chosen, pair.ref_rejected, pair.ref_chosen, pair.rejected_len, pair.chosen_len)
-    np.testing.assert_allclose(swapped.margin, -pair.margin)
-    whole = dpo(pair, beta=beta, label_smoothing=1.0)
-    np.testing.assert_allclose(whole, dpo(swapped, beta=beta), rtol=1e-6, atol=1e-7)
-    moved = pair._replace(chosen=pair.chosen + 8, ref_chosen=pair.ref_chosen + 8)
-    for loss in (dpo, ipo, hinge):
-        np.testing.assert_allclose(loss(moved, beta=beta), loss(pair, beta=beta), rtol=1e-3, atol=1e-4)
+def test_orpo_keeps_its_precision_next_to_certainty():
+    near = [-(2.0 ** -np.arange(7, 23, 3)), np.full(6, -1.5)]
+    for p in (near, near[::-1]):
+        np.testing.assert_allclose(orpo(MeanPair(*f32(*p)), beta=0.3), orpo64(p, 0.3), rtol=2e-5)
 
 
-def test_no_gradient_reaches_ktos_baseline_or_dfts_weight():
-    one = jnp.ones(1)
-    gradient = jax.grad(lambda k: jnp.sum(kto(Answer(-one, -2 * one, one > 0, k))))(one)
-    np.testing.assert_array_equal(gradient, 0)
-    tokens = Tokens(-jnp.ones((1, 1)), jnp.ones((1, 1)))
-    slope = jax.grad(lambda x: dft(Tokens(x, tokens.logsumexp))[0, 0])(tokens.logprobs)
-    np.testing.assert_allclose(slope, -math.exp(-1))
-    np.testing.assert_allclose(nll(tokens), 1.0)
+# ---- sorted pairs
 
-
-def test_orpo_is_finite_where_a_completion_is_certain_or_impossible():
-    edges = MeanPair(*f32([0.0, -1e-30, -200.0, 0.0], [-3.0, -200.0, -1e-30, 0.0]))
-    value, slopes = jax.value_and_grad(lambda pair: jnp.sum(orpo(pair)))(edges)
-    assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
+COLUMN = st.lists(st.integers(-64, 64), min_size=6, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
-@given(NATS, BETA)
-def test_a_ranking_of_two_is_a_pair_and_absent_completions_change_nothing(logprobs, beta):
-    pair = pair_of(logprobs)
-    two = lambda *columns: jnp.stack(columns, axis=1)
-    policy, ref = two(pair.chosen, pair.rejected), two(pair.ref_chosen, pair.ref_rejected)
-    rank, present = jnp.array([[0.0, 1.0]]), jnp.ones((1, 2), bool)
-    expected = dpo(pair, beta=beta)
-    np.testing.assert_allclose(dpo_pl(Ranked(policy, ref, rank, present), beta=beta), expected, rtol=1e-5, atol=1e-6)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 2)))
-    more = Ranked(pad(policy), pad(ref), pad(rank), pad(present))
-    np.testing.assert_allclose(dpo_pl(more, beta=beta), expected, rtol=1e-5, atol=1e-6)
+@given(COLUMN, COLUMN, st.lists(st.booleans(), min_size=6, max_size=6), st.sampled_from([np.nan, -99.0, 0.0, np.inf]))
+def test_partners_have_the_same_rank(values, others, present, poison):
+    weight = np.asarray(present, np.float32)
+    poisoned = [np.where(present, column, poison).astype(np.float32) for column in (values, others)]
+    found = np.asarray(partners(*f32(*poisoned, weight)))
+    expected, real = np.zeros(6), np.flatnonzero(present)
+    by_rank = sorted(others[i] for i in real)
+    for rank, i in enumerate(sorted(real, key=lambda i: (values[i], i))):
+        expected[i] = by_rank[rank]
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_a_row_without_completions_has_no_loss_and_no_gradient():
-    nothing = jnp.full((1, 3), -jnp.inf)
-    empty = Ranked(nothing, nothing, jnp.zeros((1, 3)), jnp.zeros((1, 3), bool))
-    value, slope = jax.value_and_grad(lambda x: jnp.sum(dpo_pl(empty._replace(logprob=x))))(empty.logprob)
-    assert value == 0 and not np.asarray(slope).any()
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_aot_unpaired_descends_the_loss_of_the_whole_sorted_batch(smoothing):
+    """Although each side's partners are fixed columns: value and gradient of the sum over ranks of f(a_(k) - b_(k))."""
+    numbers = {"beta": 0.3, "label_smoothing": smoothing}
+
+    def whole(p: list[np.ndarray]) -> np.ndarray:
+        return logistic64(0.3 * (np.sort(p[0]) - np.sort(p[1])), smoothing)
+
+    a, b = sides = nats(-9, 9, 2, 8)
+    with jax.enable_x64(True):
+        found = [partners(jnp.asarray(x), jnp.asarray(y), jnp.ones(8)) for x, y in ((a, b), (b, a))]
+        total = lambda sides: jnp.sum(aot_unpaired(SortedRatios(*sides, *found), **numbers))
+        value, slopes = jax.value_and_grad(total)((jnp.asarray(a), jnp.asarray(b)))
+    np.testing.assert_allclose(value, whole([a, b]).sum(), rtol=1e-9)
+    for place, slope in enumerate(slopes):
+        expected = [derivative(whole, [*sides], place, way).sum() for way in np.eye(8)]
+        np.testing.assert_allclose(slope, expected, rtol=1e-6, atol=1e-9)

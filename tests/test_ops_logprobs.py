@@ -17,7 +17,7 @@ from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import Head, HeadStat, token_logprobs
 from rlhf_jax.sharding import MeshShape, make_mesh
 
-WANT: tuple[HeadStat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq")
+WANT: tuple[HeadStat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs")
 LEARNT = ("hidden", "kernel", "bias")
 B, T, D, V = 8, 6, 4, 12  # one shape for nearly all tests, so that they share what was compiled
 few = settings(max_examples=10, deadline=None)
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     bias: Any
     targets: Any
     mask: Any
-    weights: Any  # [4, B, T], in the order of WANT
+    weights: Any  # [5, B, T], in the order of WANT
 
 
 def draw(seed: int = 0, sizes: tuple[int, int, int, int] = (B, T, D, V), mask: np.ndarray | None = None) -> Problem:
@@ -70,6 +70,7 @@ def oracle(
         "entropy": -(np.exp(log_p) * log_p).sum(-1),
         "logsumexp": lse[..., 0],
         "log_sum_sq": np.log(np.square(np.exp(log_p)).sum(-1)),
+        "mean_logprobs": log_p.mean(-1),
     }
     return {name: np.where(p.mask, value, 0) for name, value in found.items()}
 
@@ -166,6 +167,7 @@ def test_large_logits_keep_their_precision() -> None:
     expected = oracle(p)
     close(found["logprobs"], expected["logprobs"])
     close(found["logsumexp"], expected["logsumexp"])
+    close(found["mean_logprobs"], expected["mean_logprobs"])
     for name in ("entropy", "log_sum_sq"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3)
     assert (np.asarray(found["entropy"]) >= 0).all()
@@ -244,6 +246,7 @@ def test_the_probabilities_of_all_targets_sum_to_one() -> None:
     close(np.exp(log_p).sum(), 1)
     close(found["entropy"], np.full((B, T), -(np.exp(log_p) * log_p).sum()))
     close(found["log_sum_sq"], np.full((B, T), np.log(np.exp(2 * log_p).sum())))
+    close(found["mean_logprobs"], np.full((B, T), log_p.mean()))
 
 
 # ---- on a mesh

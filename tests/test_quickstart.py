@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from experiments import quickstart
+from rlhf_jax import worlds
 from rlhf_jax.build import load_tokenizer
 from rlhf_jax.data import world_rows
 from rlhf_jax.data.rows import Refusal
@@ -23,7 +24,7 @@ ROWS = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
     folder = epath.Path(tmp_path_factory.mktemp("base"))
-    quickstart.write_model(folder, [row["completion"] for row in world_rows.documents(3000, 0)])
+    worlds.write_model(folder, [row["completion"] for row in world_rows.documents(3000, 0)])
     return folder
 
 
@@ -33,13 +34,13 @@ def test_every_row_fits_and_reads_back(base):
     rows = [*world_rows.documents(2000, 1), *world_rows.demonstrations(500, 1)]
     for row, tokens in zip(rows, encoder.encode_many([(r["prompt"], r["completion"]) for r in rows]), strict=True):
         assert not isinstance(tokens, Refusal)
-        assert len(tokens) <= quickstart.LENGTH["length"]
+        assert len(tokens) <= worlds.LENGTH["length"]
         assert tokenizer.decode(tokens.ids, skip_special_tokens=True) == row["prompt"] + row["completion"]
 
 
 @pytest.mark.parametrize("split", ROWS)
 def test_every_prompt_leaves_room_for_an_answer(base, split):
-    context = quickstart.SHAPE["max_position_embeddings"]
+    context = worlds.SHAPE["max_position_embeddings"]
     ids = Encoder(load_tokenizer(base)).prompts([row["prompt"] for row in ROWS[split]])
     assert max(len(prompt) for prompt in ids if not isinstance(prompt, Refusal)) + 24 <= context
 

@@ -1,216 +1,296 @@
-"""Direct preference optimisation and its kin: learn from pairs or labels, most against a fixed reference."""
+"""Direct preference optimisation and its kin: learn from pairs or labels, most against a reference."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.completions import ASKED, READS, REFERENCE, Said, completion_sums, reference_columns, say
+from rlhf_jax.algorithms.parts import TOKENS, Part, token_term
 from rlhf_jax.algorithms.step import (
     Batch,
+    Judge,
     Mean,
     Objective,
-    Reads,
     Term,
     TrainState,
     balance_term,
-    by_example,
     flat_rows,
     ratio,
+    token_weight,
     wanted,
     whole,
 )
-from rlhf_jax.losses.preference import PREFERENCE, MeanPair, Pair, PolicyPair
-from rlhf_jax.losses.ranked import RANKED, Ranked
-from rlhf_jax.losses.unpaired import UNPAIRED, Answer
+from rlhf_jax.losses.preference import PREFERENCE, SortedMargins, SortedRatios, partners
+from rlhf_jax.losses.ranked import RANKED
+from rlhf_jax.losses.unpaired import UNPAIRED, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
-# What a loss takes decides what a row is, and whether a reference is asked.
-READS = {
-    Pair: Reads("pair", reference=True),
-    PolicyPair: Reads("pair", reference=False),
-    MeanPair: Reads("pair", reference=False),
-    Ranked: Reads("ranking", reference=True),
-    Answer: Reads("labelled", reference=True),
-}
+SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
 
 
-class Said(NamedTuple):
-    """What a batch says of its N examples, each of K completions; those of a packed row stand together."""
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Changes to a preference loss, whichever it is; none of them changes a run in which it isn't set."""
 
-    weight: Array  # [N]
-    labels: Array  # [N, K] float32, 1 desirable; of a group those of the best rank are
-    ranks: Array  # [N, K] float32, the smaller the better
-    present: Array  # [N, K] bool, whether the example has this completion
-    logprob: Array  # [N, K] nats, by the policy
-    length: Array  # [N, K] completion tokens; 1 where an example has none
-    ref_logprob: Array  # [N, K] nats, 0 without a reference
-    baseline: Array  # [N] nats, 0 for pairs
-
-
-def completion_logprobs(
-    model: Model, params: Any, rows: Batch, most: int, want: tuple[Any, ...] = ("logprobs",)
-) -> tuple[Array, Array, Any]:
-    """Log-probability of each completion, nats, and its length in tokens, float32 [N, K]; and the token statistics.
-
-    Args:
-      rows: tokens, mask, segments, positions [B, K, T].
-      most: examples a row may hold; N = B most.
-    """
-    stats = model.token_stats(params, flat_rows(rows), want=want)
-    logprobs = stats.logprobs.reshape(rows["tokens"].shape)
-    length = by_example(rows["mask"].astype(jnp.float32), rows["segments"], most)
-    return by_example(logprobs, rows["segments"], most), length, stats
+    length_alpha: Annotated[
+        float | None, "LD-DPO: weight of tokens past the length that both completions have, 0 to 1; none: 1"
+    ] = None
+    weighting: Annotated[
+        Literal["wpo"] | None, "wpo: weigh each pair by how likely the policy would be to write it; none: all alike"
+    ] = None
+    sync_every: Annotated[
+        int | None, "TR-DPO: steps after which the reference moves towards the policy; none: it stays"
+    ] = None
+    sync_mix: Annotated[float | None, "share of the policy in the reference after it moved, above 0; none: 0.6"] = None
 
 
-def _most(batch: Batch) -> int:
-    """Examples a row of the batch may hold: 1 if it isn't packed."""
-    return batch["weight"].size // len(batch["weight"])
+def _threshold(said: Said, beta: Array) -> Array:
+    """The reward above which a single answer counts as taken for good, [N]."""
+    if "baseline" in said.columns:
+        return beta * said.columns["baseline"]
+    return said.columns.get("shift", jnp.zeros_like(said.weight))
 
 
-def _said(batch: Batch, logprob: Array, length: Array) -> Said:
-    weight, nothing = batch["weight"].reshape(-1), jnp.zeros_like(logprob)
-    column = lambda name: batch[name].reshape(logprob.shape) if name in batch else nothing
-    baseline = batch["baseline"].reshape(-1) if "baseline" in batch else jnp.zeros_like(weight)
-    present = length > 0
-    if "ranks" in batch:
-        ranks = column("ranks")
-        labels = ranks == jnp.min(jnp.where(present, ranks, jnp.inf), axis=1, keepdims=True)
-    else:
-        labels = column("labels")
-        ranks = 1.0 - labels
-    return Said(
-        weight, labels.astype(jnp.float32), ranks, present, logprob, jnp.maximum(length, 1), column("ref_logprob"),
-        baseline,
-    )  # fmt: skip
+def _comparisons(said: Said, rewards: Array, beta: Array) -> tuple[Array, Array]:
+    """Margins that should be above 0, and which of them count: [N, 1], or for groups every two, [N, K, K]."""
+    if said.labels.shape[1] == 1:
+        return (rewards - _threshold(said, beta)[:, None]) * (2 * said.labels - 1), said.present.astype(jnp.float32)
+    better = (said.ranks[:, :, None] < said.ranks[:, None, :]) * said.present[:, :, None] * said.present[:, None, :]
+    return rewards[:, :, None] - rewards[:, None, :], better.astype(jnp.float32)
 
 
-# How each kind of loss is asked, and what its reward is before beta: [N] and [N, K].
-
-
-def _pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
-    columns = (*said.logprob.T, *said.ref_logprob.T, *said.length.T)
-    return loss(Pair(*columns)), said.logprob - said.ref_logprob
-
-
-def _policy_pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
-    return loss(PolicyPair(*said.logprob.T, *said.length.T)), said.logprob
-
-
-def _mean_pair(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
-    means = said.logprob / said.length
-    return loss(MeanPair(*means.T)), means
-
-
-def _ranked(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
-    return loss(Ranked(said.logprob, said.ref_logprob, said.ranks, said.present)), said.logprob - said.ref_logprob
-
-
-def _answer(loss: Callable[..., Array], said: Said) -> tuple[Array, Array]:
-    """The loss of an example's K answers is their mean."""
-    baseline = jnp.repeat(said.baseline[:, None], said.logprob.shape[1], axis=1)
-    columns = (said.logprob, said.ref_logprob, said.labels > 0, baseline)
-    losses = loss(Answer(*(x.reshape(-1) for x in columns))).reshape(baseline.shape)
-    return jnp.mean(losses, axis=1), said.logprob - said.ref_logprob
-
-
-ASKED: Mapping[type, Callable[[Callable[..., Array], Said], tuple[Array, Array]]] = {
-    Pair: _pair,
-    PolicyPair: _policy_pair,
-    MeanPair: _mean_pair,
-    Ranked: _ranked,
-    Answer: _answer,
-}
+def _right(margin: Array) -> Array:
+    """A tie counts as half right."""
+    return (margin > 0) + 0.5 * (margin == 0)
 
 
 def _metrics(said: Said, rewards: Array, beta: Array) -> dict[str, Mean]:
-    """What is plotted of a preference run; a tie counts as half right."""
+    """What is plotted of a preference run."""
     weight = said.weight[:, None] * said.present
     good, bad = weight * said.labels, weight * (1 - said.labels)
     mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
     chosen, rejected = mean(rewards, good), mean(rewards, bad)
-    if said.labels.shape[1] == 1:
-        margin, compared = (rewards - beta * said.baseline[:, None]) * (2 * said.labels - 1), weight
-    else:  # every two completions of unlike rank
-        margin = rewards[:, :, None] - rewards[:, None, :]
-        better = said.ranks[:, :, None] < said.ranks[:, None, :]
-        compared = better * weight[:, :, None] * said.present[:, None, :]
+    margin, compared = _comparisons(said, rewards, beta)
+    compared *= said.weight.reshape(-1, *(1,) * (compared.ndim - 1))
     return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": Mean(jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])),
-        "rewards/accuracies": mean((margin > 0) + 0.5 * (margin == 0), compared),
-        "logps/chosen": mean(jax.lax.stop_gradient(said.logprob), good),
-        "logps/rejected": mean(jax.lax.stop_gradient(said.logprob), bad),
+        "rewards/accuracies": mean(_right(margin), compared),
+        "logps/chosen": mean(said.whole, good),
+        "logps/rejected": mean(said.whole, bad),
     }
 
 
-def make_objective(model: Model, loss: Callable[..., Array], takes: type, options: Mapping[str, Any]) -> Objective:
-    """The mean over examples of a preference loss, and the experts' balance if the model has some.
+class _Losses:
+    """The parts of an objective on a batch: what the objective and the judge of single rows share."""
+
+    def __init__(self, model: Model, parts: Sequence[Part], config: PreferenceConfig):
+        self.model, self.config = model, config
+        self.by_row = [part for part in parts if part.takes not in TOKENS]
+        self.by_token = [part for part in parts if part.takes in TOKENS]
+        names: list[Any] = ["logprobs", *(name for part in self.by_token for name in part.takes._fields)]
+        names += ["log_sum_sq"] if config.weighting == "wpo" else []
+        self.want = wanted(model, *dict.fromkeys(names))
+
+    def say(self, params: Any, hyper: Any, batch: Batch) -> tuple[Said, Any]:
+        stats = self.model.token_stats(params, flat_rows(batch), want=self.want)
+        alpha = None if self.config.length_alpha is None else hyper["preference"]["length_alpha"]
+        return say(stats, batch, alpha), stats
+
+    def rows(self, said: Said, stats: Any, hyper: Any, batch: Batch) -> tuple[dict[str, Array], Array, Array]:
+        """The loss of each example by each part that is one of examples, [N]; the first one's rewards and beta."""
+        found = {
+            part.name: ASKED[part.takes](
+                lambda columns, part=part: part.loss(columns, **part.numbers(hyper, batch)), said
+            )
+            for part in self.by_row
+        }
+        factor = 1.0 if self.config.weighting is None else _wpo(said, stats, batch)
+        beta = hyper["loss"][self.by_row[0].name]["beta"]
+        rewards = beta * jax.lax.stop_gradient(found[self.by_row[0].name][1])
+        return {name: loss * factor for name, (loss, _) in found.items()}, rewards, beta
+
+    def tokens(self, stats: Any, hyper: Any, batch: Batch) -> dict[str, Term]:
+        """The parts that are of tokens: those of the desirable completions."""
+        good = batch["labels"].reshape(*batch["weight"].shape, -1)
+        used = (batch["mask"] * token_weight(batch, good)).reshape(stats.logprobs.shape)
+        return {part.name: token_term(part, stats, used, hyper, batch) for part in self.by_token}
+
+
+def _wpo(said: Said, stats: Any, batch: Batch) -> Array:
+    """How likely the policy would be to write the pair, to a power of one over its length, [N]; no gradient.
+
+    The product over both completions of exp(mean over tokens of log p - log sum p^2).
+    References: Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with its sampled alignment.
+    """
+    aligned = completion_sums(stats.logprobs - stats.log_sum_sq, batch) / said.length
+    return jax.lax.stop_gradient(jnp.exp(jnp.sum(aligned, axis=1)))
+
+
+def make_objective(model: Model, parts: Sequence[Part], config: PreferenceConfig = PreferenceConfig()) -> Objective:
+    """The mean over examples of a preference loss or of several, and the experts' balance if the model has some.
 
     Args:
-      loss: one of `losses.preference`, `losses.ranked` or `losses.unpaired`, called with hyper["loss"] (which must
-        hold beta) and `options` (its non-numeric arguments).
-      takes: what it takes, a key of `READS`.
+      parts: of `losses.preference`, `losses.ranked` or `losses.unpaired`, the first's rewards being those of the
+        metrics; and of `losses.supervised`, for the tokens of the desirable completions.
     A batch has tokens, mask, segments, positions [B, K, T], labels [B, K], or ranks for groups, and weight [B]; with
-    a reference ref_logprob [B, K], and for losses of single answers baseline [B] from `make_prepare`. K is 2 for
-    pairs. In a packed batch these are [B, M, K] and [B, M].
+    a reference ref_logprob [B, K], and the columns of `make_prepare`. K is 2 for pairs. In a packed batch these are
+    [B, M, K] and [B, M].
     """
-
-    def objective(params, frozen, hyper, batch, key):
-        params = whole(params, frozen)
-        logprob, length, stats = completion_logprobs(model, params, batch, _most(batch), wanted(model, "logprobs"))
-        said = _said(batch, logprob, length)
-        per_row, rewards = ASKED[takes](lambda columns: loss(columns, **hyper["loss"], **options), said)
-        total = jnp.sum(jnp.where(said.weight > 0, per_row * said.weight, 0))
-        beta = hyper["loss"]["beta"]
-        means = _metrics(said, beta * jax.lax.stop_gradient(rewards), beta)
-        if READS[takes].form == "labelled":
-            means["kl"] = Mean(jnp.sum(said.baseline * said.weight), jnp.sum(said.weight))
-        terms = {"loss": Term(1.0, total, jnp.sum(said.weight))}
-        return balance_term(model, stats, batch, hyper, terms, means)
-
-    return objective
+    judge = make_judge(model, parts, config)
+    return lambda params, frozen, hyper, batch, key: judge(params, frozen, hyper, batch, key)[:2]
 
 
-def make_reference_pass(model: Model) -> Callable[[Any, Batch], Array]:
-    """(params, batch) -> log-probability of each completion, float32 [N, K]: the reference's columns."""
-    return lambda params, batch: completion_logprobs(model, params, batch, _most(batch))[0]
+def make_judge(model: Model, parts: Sequence[Part], config: PreferenceConfig = PreferenceConfig()) -> Judge:
+    """As `make_objective`; also what is said of each example, float32 [N].
+
+    loss: the weighted sum of the parts that are losses of examples; margin: the mean over its comparisons of what
+    should be above 0, in reward units; correct: the share of them that are.
+    """
+    losses = _Losses(model, parts, config)
+
+    def judge(params, frozen, hyper, batch, key):
+        said, stats = losses.say(whole(params, frozen), hyper, batch)
+        rows, rewards, beta = losses.rows(said, stats, hyper, batch)
+        count = jnp.sum(said.weight)
+        sums = {name: jnp.sum(jnp.where(said.weight > 0, loss * said.weight, 0)) for name, loss in rows.items()}
+        terms = {name: Term(hyper["weights"][name], total, count) for name, total in sums.items()}
+        terms |= losses.tokens(stats, hyper, batch)
+        means = _metrics(said._replace(whole=jax.lax.stop_gradient(said.whole)), rewards, beta)
+        if len(parts) > 1:
+            means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}
+        for column, name in (("baseline", "kl"), ("shift", "shift")):
+            if column in said.columns:
+                means[name] = Mean(jnp.sum(said.columns[column] * said.weight), count)
+        if "shift" in said.columns:
+            answers = said.weight[:, None] * said.present
+            means["rewards/mean"] = Mean(jnp.sum(rewards * answers), jnp.sum(answers))
+        margin, compared = (x.reshape(len(said.weight), -1) for x in _comparisons(said, rewards, beta))
+        mean = lambda x: jnp.sum(x * compared, axis=1) / jnp.maximum(jnp.sum(compared, axis=1), 1)
+        loss = jnp.asarray(sum(hyper["weights"][name] * loss for name, loss in rows.items()))
+        of_rows = {"loss": loss, "margin": mean(margin), "correct": mean(_right(margin))}
+        return *balance_term(model, stats, batch, hyper, terms, means), of_rows
+
+    return judge
+
+
+# ---- what is frozen in a batch
 
 
 def make_prepare(
-    model: Model, takes: type, reference: tuple[Model, Any] | None
+    model: Model,
+    parts: Sequence[Part],
+    config: PreferenceConfig,
+    reference: tuple[Model, Any] | None,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit,
 ) -> Callable[[TrainState, Batch], Iterator[Batch]]:
-    """Pairs come with their reference columns; single answers also get KTO's baseline, made live.
+    """Rows come with their columns; what depends on the current parameters, or on a moving reference, is made live.
 
-    The baseline is k = max(0, mean over the global batch of log pi - log ref of mismatched completions), one
-    number for all rows, under the parameters that are about to be updated.
+    - baseline, for losses of `Answer`: k = max(0, mean over the global batch of log pi - log ref of mismatched
+      completions), one number for all rows (Ethayarajh et al. 2024, arXiv:2402.01306, sec. 4.1);
+    - shift, for losses of `ShiftedAnswer`: the running mean of rewards that the carry holds;
+    - partners, for losses that sort the global batch;
+    - the reference's own columns where it moves.
 
     Args:
-      reference: the reference and its parameters; None: those of the state's frozen base, which an adapter
-        leaves as they were. Used for losses of single answers alone.
+      reference: a fixed reference and its parameters; None: those of the state's frozen base, which an adapter leaves
+        as they were. Used for mismatched completions alone, and not at all where the reference moves.
+      compiled: makes a program of (params, frozen, fixed, carry, hyper, rows) -> columns.
     """
+    kinds = {part.takes for part in parts}
+    mismatched = any(READS[kind].mismatched for kind in kinds - set(TOKENS))
+    moves, shared = config.sync_every is not None, config.length_alpha is not None
     fixed_model = model.without_adapter() if reference is None else reference[0]
+    losses = _Losses(model, parts, config)
 
-    def baseline(params: Any, frozen: Any, fixed: Any, mismatched: Batch, weight: Array) -> Array:
-        most = weight.size // len(weight)
-        policy = completion_logprobs(model, whole(params, frozen), mismatched, most)[0]
-        before = completion_logprobs(fixed_model, fixed, mismatched, most)[0]
-        flat = weight.reshape(-1, 1)
-        moved = ratio(jnp.sum(jnp.where(flat > 0, policy - before, 0) * flat), jnp.sum(flat) * policy.shape[1])
-        return jnp.full_like(weight, jnp.maximum(moved, 0))
+    def live(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
+        like = rows["weight"].shape
+        policy, made = whole(params, frozen), {}
+        before = whole(carry["reference"], frozen) if moves else fixed
+        asked = model if moves else fixed_model
+        if moves:
+            made = reference_columns(asked, before, rows, shared)
+        if mismatched:
+            other = rows["mismatched"] | {"weight": rows["weight"]}
+            now, then = (reference_columns(*of, other)["ref_logprob"] for of in ((model, policy), (asked, before)))
+            made["baseline"] = jnp.broadcast_to(_baseline(now - then, rows["weight"].reshape(-1, 1)), like)
+        if kinds & set(SHIFTED):
+            made["shift"] = jnp.broadcast_to(carry["shift"]["mean"], like)
+        if kinds & set(SORTED):
+            made |= _partners(losses.say(policy, hyper, rows | made)[0])
+        sizes = {name: (*like, -1) if name in REFERENCE else like for name in made}
+        return {name: column.reshape(sizes[name]) for name, column in made.items()}
 
-    measure = jax.jit(baseline, out_shardings=model.layout.sharding("rows"))
+    program = compiled(live) if moves or mismatched or kinds & {*SHIFTED, *SORTED} else None
 
-    def labelled(state: TrainState, rows: Batch) -> Iterator[Batch]:
+    def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
         kept = {name: column for name, column in rows.items() if name != "mismatched"}
+        if program is None:
+            yield kept
+            return
         fixed = state.frozen if reference is None else reference[1]
-        measured = measure(state.params, state.frozen, fixed, rows["mismatched"], rows["weight"])
-        yield kept | {"baseline": measured}
+        yield kept | program(state.params, state.frozen, fixed, state.carry, state.hyper, rows)
 
-    def pair(state: TrainState, rows: Batch) -> Iterator[Batch]:
-        yield rows
+    return prepare
 
-    return labelled if READS[takes].form == "labelled" else pair
+
+def _baseline(moved: Array, weight: Array) -> Array:
+    """max(0, mean), from [N, K] and [N, 1]."""
+    return jnp.maximum(ratio(jnp.sum(jnp.where(weight > 0, moved, 0) * weight), jnp.sum(weight) * moved.shape[1]), 0)
+
+
+def _partners(said: Said) -> Batch:
+    """What stands at the same rank of the global batch on the other side, [N] each."""
+    margin, of_reference = (x[:, 0] - x[:, 1] for x in (said.logprob, said.ref_logprob))
+    chosen, rejected = said.ratio.T
+    return {
+        "margin_partner": partners(margin, of_reference, said.weight),
+        "chosen_partner": partners(chosen, rejected, said.weight),
+        "rejected_partner": partners(rejected, chosen, said.weight),
+    }
+
+
+# ---- the carry
+
+
+def make_carry(parts: Sequence[Part], config: PreferenceConfig, params: Any) -> dict[str, Any] | None:
+    """The algorithm's own state at the start: a moving reference, the running mean of rewards; None if it has none."""
+    carry = {}
+    if any(part.takes in SHIFTED for part in parts):
+        carry["shift"] = {"mean": jnp.zeros(()), "count": jnp.zeros(())}
+    if config.sync_every is not None:
+        carry["reference"] = jax.tree.map(jnp.copy, params)
+    return carry or None
+
+
+def make_advance(
+    parts: Sequence[Part], config: PreferenceConfig
+) -> Callable[[TrainState, Batch, dict[str, Array]], Any]:
+    """The carry after an update.
+
+    The reference becomes mix * policy + (1 - mix) * reference every `sync_every` updates (TR-DPO, Gorbatovski et al.
+    2024, arXiv:2404.09656, Eq. 5); the mean of rewards is that of all answers so far (Jung et al. 2024,
+    arXiv:2404.04656).
+    """
+
+    def advance(state: TrainState, batch: Batch, metrics: dict[str, Array]) -> Any:
+        carry = dict(state.carry or {})
+        if "shift" in carry:
+            mean, before = carry["shift"]["mean"], carry["shift"]["count"]
+            answers = jnp.sum(batch["weight"]) * batch["tokens"].shape[1]
+            count = before + answers
+            mean += jnp.where(answers > 0, (metrics["rewards/mean"] - mean) * answers / jnp.maximum(count, 1), 0)
+            carry["shift"] = {"mean": mean, "count": count}
+        if config.sync_every is not None:
+            now, mix = state.step % config.sync_every == 0, state.hyper["preference"]["sync_mix"]
+            move = lambda old, new: jnp.where(now, mix * new + (1 - mix) * old, old).astype(old.dtype)
+            carry["reference"] = jax.tree.map(move, carry["reference"], state.params)
+        return carry or None
+
+    return advance

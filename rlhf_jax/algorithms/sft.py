@@ -1,17 +1,19 @@
 """Supervised fine-tuning: make the demonstrated completions likely."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.completions import completion_sums
+from rlhf_jax.algorithms.parts import TOKENS, Part, token_term
 from rlhf_jax.algorithms.step import (
     Batch,
+    Judge,
     Mean,
     Objective,
     Reads,
-    Term,
     TrainState,
     balance_term,
     flat_rows,
@@ -19,41 +21,55 @@ from rlhf_jax.algorithms.step import (
     wanted,
     whole,
 )
-from rlhf_jax.losses.supervised import SUPERVISED, Tokens
+from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = SUPERVISED
-READS = {Tokens: Reads("demonstration", reference=False)}
+READS = {takes: Reads("demonstration") for takes in TOKENS}
 
 
-def make_objective(model: Model, loss: Callable[..., Array], takes: type, options: Mapping[str, Any]) -> Objective:
+def make_objective(model: Model, parts: Sequence[Part], config: Any = None) -> Objective:
     """The mean loss over trained tokens of the global batch, and the experts' balance if the model has some.
 
     Args:
-      loss: one of `losses.supervised`, called with hyper["loss"] and `options` (its non-numeric arguments).
+      parts: of `losses.supervised`; several are added up with their weights.
     """
+    judge = make_judge(model, parts, config)
+    return lambda params, frozen, hyper, batch, key: judge(params, frozen, hyper, batch, key)[:2]
 
-    def objective(params, frozen, hyper, batch, key):
+
+def make_judge(model: Model, parts: Sequence[Part], config: Any = None) -> Judge:
+    """As `make_objective`; also the mean NLL of each example's trained tokens, nats, float32 [N]."""
+    names: list[Any] = ["logprobs", *(name for part in parts for name in part.takes._fields)]
+    want = wanted(model, *dict.fromkeys(names))
+
+    def judge(params, frozen, hyper, batch, key):
         rows = flat_rows(batch)
-        want = wanted(model, "logprobs", "logsumexp")
         stats = model.token_stats(whole(params, frozen), rows, want=want)
         # A segment's first token is predicted from nothing, so it is never trained.
-        used = (rows["mask"] & (rows["positions"] > 0)) * token_weight(batch).reshape(rows["mask"].shape)
-        per_token = loss(Tokens(stats.logprobs, stats.logsumexp), **hyper["loss"], **options)
-        count = jnp.sum(used)
-        total = jnp.sum(jnp.where(used > 0, per_token * used, 0))
-        terms = {"loss": Term(1.0, total, count)}
-        return balance_term(model, stats, batch, hyper, terms, {"nll": Mean(-jnp.sum(stats.logprobs * used), count)})
+        trained = (rows["mask"] & (rows["positions"] > 0)).astype(jnp.float32)
+        used = trained * token_weight(batch).reshape(trained.shape)
+        terms = {part.name: token_term(part, stats, used, hyper, batch) for part in parts}
+        total, count = (completion_sums(x, batch)[:, 0] for x in (stats.logprobs * trained, trained))
+        nll = Mean(-jnp.sum(stats.logprobs * used), jnp.sum(used))
+        of_rows = {"loss": -total / jnp.maximum(count, 1)}
+        return *balance_term(model, stats, batch, hyper, terms, {"nll": nll}), of_rows
 
-    return objective
+    return judge
 
 
-def make_prepare(
-    model: Model, takes: type, reference: tuple[Model, Any] | None
-) -> Callable[[TrainState, Batch], Iterator[Batch]]:
+def make_prepare(*_: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
     """Demonstrations need nothing frozen: the rows are the batch."""
 
     def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
         yield rows
 
     return prepare
+
+
+def make_carry(*_: Any) -> None:
+    """It has no state of its own."""
+
+
+def make_advance(*_: Any) -> None:
+    """Nothing to advance."""

@@ -45,12 +45,14 @@ class Mean(NamedTuple):
 class Reads(NamedTuple):
     """What a loss asks of the data, by what it takes."""
 
-    form: str  # what a row is: demonstration, pair or labelled
-    reference: bool  # whether a fixed model's log-probabilities are columns of the batch
+    form: str  # what a row is: demonstration, pair, ranking or labelled
+    reference: bool = False  # whether another model's log-probabilities are columns of the batch
+    mismatched: bool = False  # whether each row comes with a completion of another prompt
 
 
 Batch = dict[str, Any]
 Objective = Callable[[Any, Any, Any, Batch, Array], tuple[dict[str, Term], dict[str, Mean]]]
+Judge = Callable[[Any, Any, Any, Batch, Array], tuple[dict[str, Term], dict[str, Mean], dict[str, Array]]]
 
 
 @jax.tree_util.register_dataclass
@@ -122,12 +124,17 @@ def by_example(values: Array, segments: Array, most: int) -> Array:
     return sums.reshape(-1, values.shape[1])
 
 
-def token_weight(batch: Batch) -> Array:
-    """The weight of each token's example, float32 [B, K, T]; 0 for padding."""
-    weight = batch["weight"].reshape(len(batch["weight"]), -1)
+def token_weight(batch: Batch, of: Array | None = None) -> Array:
+    """The weight of each token's example, float32 [B, K, T]; 0 for padding.
+
+    Args:
+      of: [B, K] or packed [B, M, K], a factor of each completion; None: 1.
+    """
     segments = batch["segments"]
-    place = jnp.maximum(segments - 1, 0).reshape(len(weight), -1)
-    found = jnp.take_along_axis(weight, place, axis=1).reshape(segments.shape)
+    rows, lanes, _ = segments.shape
+    weight = batch["weight"].reshape(rows, -1, 1) * (1 if of is None else of.reshape(rows, -1, lanes))
+    weight = jnp.broadcast_to(weight, (*weight.shape[:2], lanes)).swapaxes(1, 2)  # [B, K, M]
+    found = jnp.take_along_axis(weight, jnp.maximum(segments - 1, 0), axis=2)
     return jnp.where(segments > 0, found, 0)
 
 
@@ -193,14 +200,14 @@ def make_step(
     microbatches: int = 1,
     reduce_dtype: str = "float32",
     layout: Layout = Layout(),
-    advance: Callable[[Any, Batch, dict[str, Array]], Any] | None = None,
+    advance: Callable[[TrainState, Batch, dict[str, Array]], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure train step: (state, batch) -> (state, metrics); jit it with donated state.
 
     Args:
       microbatches: pieces that the batch is differentiated in, each a divisor's share of its rows.
       reduce_dtype: of summed gradients.
-      advance: the next `carry` from (carry, batch, metrics); None leaves it.
+      advance: the next `carry` from (the state after the update with the old carry, batch, metrics); None leaves it.
     Returns: metrics are float32 scalars: loss and the objective's means at the parameters before the update,
       grad_norm before clipping, learning_rate of this update; and tokens, int32, those that are not padding.
     """
@@ -221,7 +228,8 @@ def make_step(
         metrics = {name: ratio(*mean) for name, mean in means.items()}
         metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": numbers["learning_rate"]}
         metrics["tokens"] = jnp.sum(batch["segments"] > 0)
-        carry = state.carry if advance is None else advance(state.carry, batch, metrics)
-        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1, carry=carry), metrics
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+        carry = state.carry if advance is None else advance(state, batch, metrics)
+        return dataclasses.replace(state, carry=carry), metrics
 
     return step

@@ -70,6 +70,12 @@ class Data:
     ] = "text"
     max_refused: Annotated[float, "largest share of unusable rows that a run accepts, 0 to 1"] = 0.05
     chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizer's chat template"] = None
+    probability: Annotated[
+        str | None, "column of pairs: the chance that chosen is better, 0 to 1, or a list of votes; none: 1"
+    ] = None
+    margin: Annotated[
+        str | None, "column of pairs: a number that the loss takes as its margin; none: the loss's own"
+    ] = None
     buckets: Annotated[
         tuple[int, ...], "row lengths batches are padded to; empty: powers of two from 64, and length"
     ] = ()

@@ -1,10 +1,12 @@
 """What each kind of row gives to a loss that takes single answers, pairs, ranked groups or labelled answers."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Row, Stepwise, Text
+from rlhf_jax.data.config import Data
+from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Refusal, Row, Stepwise, Text
 
 Form = Literal["demonstration", "pair", "ranking", "labelled"]
 
@@ -95,3 +97,31 @@ def impossible(path: str, columns: str, row: type[Row], form: Form) -> str:
     """The sentence for rows of a source that can't become examples of a form; `columns` says what they lack."""
     instead = INSTEAD[row] if row in INSTEAD else "add what is missing or give other data with --config.data.path"
     return f"this loss needs {NEEDS[form]} and {path} holds {HOLDS[row]} ({columns}); {instead}"
+
+
+def columns_of_pairs(columns: Mapping[str, Any], config: Data, rows: Sequence[Row]) -> dict[str, float]:
+    """What the columns named by `config` say of a record's one pair: probability and margin, as far as named.
+
+    Raises: Refusal for a record that isn't one pair, lacks the column, or holds something else there.
+    """
+    said = {}
+    for what, name in (("probability", config.probability), ("margin", config.margin)):
+        if name is None:
+            continue
+        if len(rows) != 1 or not isinstance(rows[0], Preference):
+            raise Refusal(f"the column {name!r} is read of single pairs, and this row holds something else")
+        if name not in columns:
+            raise Refusal(f"it has no column {name!r}, which data.{what} names")
+        said[what] = _number(columns[name], name, votes=what == "probability")
+    if not 0 <= said.get("probability", 1.0) <= 1:
+        raise Refusal(f"{config.probability!r} is {said['probability']}, not from 0 to 1")
+    return said
+
+
+def _number(value: Any, name: str, votes: bool) -> float:
+    """A finite number, or the share of votes that are true."""
+    several: list[Any] = value if votes and isinstance(value, list) and value else [value]
+    for one in several:
+        if not isinstance(one, int | float) or not math.isfinite(one):
+            raise Refusal(f"{name!r} holds {str(one)[:40]!r}, not a finite number{' or votes' if votes else ''}")
+    return math.fsum(several) / len(several)

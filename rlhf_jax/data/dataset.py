@@ -11,7 +11,7 @@ from etils import epath
 
 from rlhf_jax.data import formats, sources
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.conversions import CONVERSIONS, Form, impossible
+from rlhf_jax.data.conversions import CONVERSIONS, Form, columns_of_pairs, impossible
 from rlhf_jax.data.cutting import fit, pieces
 from rlhf_jax.data.rows import Left, Refusal, Row, Text
 from rlhf_jax.data.tokens import Encoder, Tokens
@@ -33,6 +33,7 @@ class Example:
       source: which path, counted from 0; those of `eval_path` continue those of `path`.
       where: file and line.
       ranks: of a group one a completion, the smaller the better; else ().
+      probability, margin: of a pair what its columns say, see `Data`; 1 and 0 where none is read.
     """
 
     completions: tuple[Tokens, ...]
@@ -42,6 +43,8 @@ class Example:
     source: int
     where: str
     ranks: tuple[float, ...] = ()
+    probability: float = 1.0
+    margin: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +142,7 @@ class _Item:
     source: int
     where: str
     tools: str
+    said: dict[str, float]
 
 
 @dataclasses.dataclass
@@ -156,15 +160,29 @@ class _Notes:
     kept_as_text: dict[str, None] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Read:
+    """All examples of a config's sources, not yet split, and what was noted on the way; `split` takes it."""
+
+    kept: tuple[tuple[_Item, Example], ...]
+    notes: _Notes
+    encoder: Encoder
+    length: int
+
+
 def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> Dataset:
+    """`read`, then `split`."""
+    return split(read(config, encoder, form, length), config, seed)
+
+
+def read(config: Data, encoder: Encoder, form: Form, length: int) -> Read:
     """Reads every source of `config` and makes the examples of one `form`.
 
     Args:
-      form: what the loss takes: single answers, pairs, or labelled answers.
+      form: what the loss takes: single answers, pairs, rankings or labelled answers.
       length: most tokens a row may have (`config.length`, or the model's context).
-      seed: decides, with the prompt alone, which rows are held out.
     Raises: UserError as the sources and formats do; for rows the form can't be made of; for more refused rows
-      than `max_refused`, or none left.
+      than `max_refused`.
     """
     _check(config, length)
     notes = _Notes()
@@ -183,16 +201,25 @@ def load(config: Data, encoder: Encoder, form: Form, length: int, seed: int) -> 
             f"data.max_refused={config.max_refused} allows; the first is {refused[0][0]}: {refused[0][1]}; "
             "mend the rows or raise --config.data.max_refused"
         )
-    train, evaluation, shared = _split(kept, config, seed)
-    cut, too_long = tuple(notes.cut), tuple(notes.too_long)
-    left = tuple(notes.left.items())
+    return Read(tuple(kept), notes, encoder, length)
+
+
+def split(read: Read, config: Data, seed: int) -> Dataset:
+    """What is trained on and what is held out.
+
+    Args:
+      seed: decides, with the prompt alone, which rows are held out.
+    Raises: UserError if no row to train on is left.
+    """
+    notes = read.notes
+    train, evaluation, shared = _split(read.kept, config, seed)
     report = Report(
-        notes.read, len(train), len(evaluation), refused, cut, too_long, shared, left, notes.tokens, notes.lost,
-        len(notes.kept_as_text), tuple(notes.split),
+        notes.read, len(train), len(evaluation), tuple(notes.refused.items()), tuple(notes.cut), tuple(notes.too_long),
+        shared, tuple(notes.left.items()), notes.tokens, notes.lost, len(notes.kept_as_text), tuple(notes.split),
     )  # fmt: skip
     if not train:
-        raise UserError(_nothing_left(report, config.path, length))
-    return Dataset(tuple(train), tuple(evaluation), report, _fingerprint(train, evaluation, encoder))
+        raise UserError(_nothing_left(report, config.path, read.length))
+    return Dataset(tuple(train), tuple(evaluation), report, _fingerprint(train, evaluation, read.encoder))
 
 
 def _check(config: Data, length: int) -> None:
@@ -249,6 +276,7 @@ def _items(
             if isinstance(record, sources.Refused):
                 raise Refusal(record.reason)
             rows = formats.adapt(name, record.columns, chat)
+            said = columns_of_pairs(record.columns, config, rows)
         except (Refusal, Left) as reason:
             noted = notes.refused if isinstance(reason, Refusal) else notes.left
             noted.setdefault(record.where, str(reason))
@@ -257,7 +285,7 @@ def _items(
         first = len(items)
         for row in rows:
             for made in CONVERSIONS[kind, form](row):
-                items.append(_Item(*made, index, source, record.where, row.tools))
+                items.append(_Item(*made, index, source, record.where, row.tools, said))
                 index += 1
         if len(items) == first:
             notes.left.setdefault(record.where, "no two answers of different rank and text")
@@ -325,7 +353,7 @@ def _encoded(
             notes.cut[item.where] = None
         prompt = _hash(completions[0].prompt.tobytes())
         said = item.labels, prompt, item.index, item.source, item.where, item.ranks
-        kept += [(item, Example(part, *said)) for part in parts]
+        kept += [(item, Example(part, *said, **item.said)) for part in parts]
     return kept
 
 
@@ -379,7 +407,8 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
         digest.update(b"part%d" % len(part))
         for example in part:
             digest.update(np.asarray([example.index, example.source, *example.labels], np.int64).tobytes())
-            digest.update(np.asarray(example.ranks, np.float64).tobytes())
+            numbers = (*example.ranks, example.probability, example.margin)
+            digest.update(np.asarray(numbers, np.float64).tobytes())
             for tokens in example.completions:
                 digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
     return digest.hexdigest()

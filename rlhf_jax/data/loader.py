@@ -50,12 +50,13 @@ class Loader:
       index     [B] int32, the example's index, -1 for padding rows
       labels    [B, K] bool, if the examples have labels
       ranks     [B, K] float32, if the examples have ranks; a completion that an example lacks has no token
+      probability, margin [B] float32, of pairs: what their columns say, 1 and 0 where none is read
     Rows are left-aligned.
     With `mismatched`, also a dict `mismatched` of tokens, mask, segments and positions of the same shapes:
     the prompt of a row with the completions of the next row of the order that has another prompt.
 
     With `pack`, a row holds up to M examples one behind the other, M what the fullest row holds: segments count
-    them from 1, positions begin anew with each, T is the length, and weight and index are [B, M], labels and
+    them from 1, positions begin anew with each, T is the length, and what is [B] above is [B, M], labels and
     ranks [B, M, K]. Which examples share a row is decided once, from the seed and the lengths; each epoch
     shuffles the rows.
     """
@@ -222,16 +223,20 @@ class Loader:
 
     def _columns(self, rows: Sequence[Sequence[Example]], most: int, k: int) -> Batch:
         """What is said of each example of each row."""
-        weight, index = np.zeros((len(rows), most), np.float32), np.full((len(rows), most), -1, np.int32)
+        weight, probability, margin = (np.zeros((len(rows), most), np.float32) for _ in range(3))
+        index = np.full((len(rows), most), -1, np.int32)
         labels, ranks = (np.zeros((len(rows), most, k), kind) for kind in (np.bool_, np.float32))
         for b, row in enumerate(rows):
             for m, example in enumerate(row):
                 weight[b, m], index[b, m] = 1, example.index
+                probability[b, m], margin[b, m] = example.probability, example.margin
                 labels[b, m, : len(example.labels)] = example.labels
                 ranks[b, m, : len(example.ranks)] = example.ranks
         columns = {"weight": weight, "index": index}
         if self.examples[0].labels:
             columns["labels"] = labels
+        if len(self.examples[0].labels) == 2:
+            columns |= {"probability": probability, "margin": margin}
         if self.examples[0].ranks:
             columns["ranks"] = ranks
         return columns if self.packed else {name: column[:, 0] for name, column in columns.items()}

@@ -10,3 +10,10 @@ from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.losses.unpaired import UNPAIRED
 
 LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED}
+
+# Weighted sums of losses, each averaged over what it is a loss of: rows of pairs, and for nll the tokens of the
+# chosen completions.
+SUMS: dict[str, dict[str, float]] = {
+    "rpo": {"dpo": 1.0, "nll": 1.0},  # Pang et al. 2024, arXiv:2404.19733
+    "mpo": {"dpo": 0.8, "bco_pair": 0.2, "nll": 1.0},  # Wang et al. 2024, arXiv:2411.10442
+}

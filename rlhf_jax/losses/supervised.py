@@ -40,4 +40,13 @@ def dft(tokens: Tokens) -> Array:
     return -jax.lax.stop_gradient(jnp.exp(tokens.logprobs)) * tokens.logprobs
 
 
-SUPERVISED = {"nll": nll, "dft": dft}
+def smooth_nll(tokens: SmoothTokens, *, label_smoothing: float = 0.1) -> Array:
+    """Cross-entropy of each token to a target of 1 - e on it and e spread evenly over the vocabulary, nats, [B, T].
+
+    References: Szegedy et al. 2016, arXiv:1512.00567, sec. 7.
+    """
+    chex.assert_rank(list(tokens), 2)
+    return -(1 - label_smoothing) * tokens.logprobs - label_smoothing * tokens.mean_logprobs
+
+
+SUPERVISED = {"nll": nll, "dft": dft, "smooth_nll": smooth_nll}

@@ -14,7 +14,7 @@ from jax import Array
 
 from rlhf_jax.ops.layout import Layout
 
-HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq"]
+HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs"]
 Stat = HeadStat | Literal["balance"]  # of the layers, not of the head: `token_logprobs` can't give it
 
 
@@ -33,6 +33,7 @@ class TokenStats(NamedTuple):
     entropy: Array = None  # pyright: ignore[reportAssignmentType] of softmax(z), nats
     logsumexp: Array = None  # pyright: ignore[reportAssignmentType] of z
     log_sum_sq: Array = None  # pyright: ignore[reportAssignmentType] log sum_v softmax(z)_v^2
+    mean_logprobs: Array = None  # pyright: ignore[reportAssignmentType] mean over v of log softmax(z)_v, nats
     balance: Array = None  # pyright: ignore[reportAssignmentType] of the experts, over all tokens but padding
 
 
@@ -55,13 +56,13 @@ def token_logprobs(
     chunk: int = 1024,
     layout: Layout = Layout(),
 ) -> TokenStats:
-    """Log-probability, entropy, log-sum-exp or log sum p^2 of each target token.
+    """Log-probability, entropy, log-sum-exp, log sum p^2 or mean log p of each target token.
 
     With z = cap(hidden @ kernel.T + bias) / temperature and cap(x) = c tanh(x / c) if `soft_cap` is c:
     logprob = z[target] - logsumexp(z); entropy = logsumexp(z) - sum p z; log_sum_sq = logsumexp(2 z) -
-    2 logsumexp(z). The wanted tokens of each row are moved to its front, so that the head never runs on a
-    chunk without one: prompts and padding cost nothing. Gradients flow to `hidden` and `head`, never to
-    `temperature`; the backward pass makes each chunk's logits again.
+    2 logsumexp(z); mean_logprobs = mean z - logsumexp(z). The wanted tokens of each row are moved to its front, so
+    that the head never runs on a chunk without one: prompts and padding cost nothing. Gradients flow to `hidden`
+    and `head`, never to `temperature`; the backward pass makes each chunk's logits again.
 
     Args:
       hidden: [B, T, D], any float dtype; products accumulate in float32.
@@ -125,6 +126,7 @@ def _chunk_stats(static: _Static, logits: Array, targets: Array, used: Array) ->
         "entropy": lambda: -jnp.sum(jnp.exp(logits - lse[..., None]) * (logits - lse[..., None]), axis=-1),
         "logsumexp": lambda: lse,
         "log_sum_sq": lambda: jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,
+        "mean_logprobs": lambda: jnp.mean(logits - lse[..., None], axis=-1),
     }
     return tuple(jnp.where(used, find[name](), 0) for name in static.want)
 
@@ -143,6 +145,7 @@ def _chunk_gradient(static: _Static, logits: Array, targets: Array, cotangents: 
         "entropy": entropy,
         "logsumexp": lambda: p,
         "log_sum_sq": lambda: 2 * (jax.nn.softmax(2 * logits, axis=-1) - p),
+        "mean_logprobs": lambda: 1 / logits.shape[-1] - p,
     }
     return sum(
         (g[..., None] * find[name]() for name, g in zip(static.want, cotangents, strict=True)),

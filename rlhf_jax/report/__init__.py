@@ -19,14 +19,14 @@ from markupsafe import Markup
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import page, pictures
-from rlhf_jax.report.blocks import Bars, Block, Cell, Code, Lines, Picture, Points, Samples, Table, Text
+from rlhf_jax.report.blocks import Bars, Block, Cell, Code, Frontier, Lines, Picture, Points, Samples, Table, Text
 from rlhf_jax.report.wording import number, visible
 
-__all__ = ["Bars", "Block", "Code", "Lines", "Points", "Samples", "Table", "Text", "render", "write"]
+__all__ = ["Bars", "Block", "Code", "Frontier", "Lines", "Points", "Samples", "Table", "Text", "render", "write"]
 
 KINDS = {
     Table: "table", Samples: "samples", Text: "words", Code: "code",
-    Lines: "picture", Points: "picture", Bars: "picture",
+    Lines: "picture", Points: "picture", Frontier: "picture", Bars: "picture",
 }  # fmt: skip
 
 

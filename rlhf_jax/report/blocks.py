@@ -8,6 +8,7 @@ from rlhf_jax.errors import UserError
 
 Cell = str | SupportsFloat | SupportsIndex  # numpy's numbers too
 Curve = tuple[Sequence[float], Sequence[float]]
+Spot = tuple[str, Sequence[tuple[float, float]]]  # what a point is called, and where each seed put it
 Sample = tuple[str, Sequence[tuple[str, float | None]]]
 
 
@@ -72,6 +73,28 @@ class Points:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frontier:
+    """Curves through points that several seeds gave: for each name its points in order, (label, (x, y) a seed).
+
+    A curve goes through the means over seeds. With `x_names` an x counts through these names.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, Sequence[Spot]]
+    note: str = ""
+    log_x: bool = False
+    x_names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _something(self, self.curves)
+        for name, spots in self.curves.items():
+            if not any(seeds for _, seeds in spots):
+                raise UserError(f"Frontier {self.title!r}: the curve {name!r} is empty; leave it out.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Bars:
     """Means with the ends of their 95% intervals, (mean, low, high), from zero."""
 
@@ -125,5 +148,5 @@ class Code:
         _something(self, self.text)
 
 
-Picture = Lines | Points | Bars
-Block = Table | Lines | Points | Bars | Samples | Text | Code
+Picture = Lines | Points | Frontier | Bars
+Block = Table | Lines | Points | Frontier | Bars | Samples | Text | Code

@@ -10,12 +10,12 @@ import math
 import re
 import warnings
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from rlhf_jax.report.blocks import Bars, Cell, Lines, Picture, Points
+from rlhf_jax.report.blocks import Bars, Cell, Frontier, Lines, Picture, Points
 from rlhf_jax.report.wording import number, shortened, tick, visible
 
 WIDTH, HEIGHT = 380, 265  # of a picture, in its own pixels
@@ -51,6 +51,8 @@ def draw(block: Picture, prefix: str) -> Drawing:
     """Draws the block; every id in it begins with `prefix`. Not for several threads at once."""
     if isinstance(block, Bars):
         return _bars(block, prefix)
+    if isinstance(block, Frontier):
+        return _frontier(block, prefix)
     return _lines(block, prefix) if isinstance(block, Lines) else _points(block, prefix)
 
 
@@ -64,7 +66,7 @@ def _lines(block: Lines, prefix: str) -> Drawing:
 
     def onto(axes: Any) -> None:
         if block.log_y:
-            _logarithmic(axes, [b for curve in curves.values() for _, b in curve])
+            logarithmic(axes.yaxis, [b for curve in curves.values() for _, b in curve])
         for index, curve in enumerate(curves.values()):
             every = max(1, math.ceil(len(curve) / 8))
             axes.plot([a for a, _ in curve], [b for _, b in curve], markevery=every, **_look(index))
@@ -100,6 +102,63 @@ def _points(block: Points, prefix: str) -> Drawing:
     alt = f"{block.title}. {block.y_label} against {block.x_label}: {', '.join(finite)}."
     svg, legend = _svg(onto, prefix, alt), _legend(prefix, finite, joined=False)
     return Drawing(svg, legend, columns, rows, tuple(omitted))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A point of a frontier: the seeds that can be drawn, and their mean."""
+
+    label: str
+    x: float
+    y: float
+    seeds: tuple[tuple[float, float], ...]
+
+
+def means(block: Frontier) -> tuple[dict[str, list[Mean]], tuple[str, ...]]:
+    """What of a frontier can be drawn, and a sentence for each curve of which something can't."""
+    curves: dict[str, list[Mean]] = {}
+    omitted = []
+    for name, spots in block.curves.items():
+        curves[name] = []
+        for label, seeds in spots:
+            good = tuple((float(x), float(y)) for x, y in seeds if math.isfinite(x + y) and (x > 0 or not block.log_x))
+            if good:
+                x, y = (sum(column) / len(good) for column in zip(*good, strict=True))
+                curves[name].append(Mean(label, x, y, good))
+        drawn, of = sum(len(mean.seeds) for mean in curves[name]), sum(len(seeds) for _, seeds in spots)
+        omitted += _omitted(name, of - drawn, of, block.log_x)
+    return curves, tuple(omitted)
+
+
+def _frontier(block: Frontier, prefix: str) -> Drawing:
+    curves, omitted = means(block)
+
+    def onto(axes: Any) -> None:
+        if block.log_x:
+            logarithmic(axes.xaxis, [mean.x for curve in curves.values() for mean in curve])
+        for index, curve in enumerate(curves.values()):
+            look = _look(index)
+            every = [seed for mean in curve if len(mean.seeds) > 1 for seed in mean.seeds]
+            axes.plot(*_columns(every), ".", color=look["color"], alpha=0.45, markersize=4)
+            axes.plot([mean.x for mean in curve], [mean.y for mean in curve], **look)
+        _label(axes, block.x_label, block.y_label)
+        if block.x_names:
+            axes.set_xticks(range(len(block.x_names)), [shortened(name, 12) for name in block.x_names])
+            for text in axes.get_xticklabels():
+                text.set_parse_math(False)
+
+    rows = [
+        (name, mean.label, mean.x, mean.y, "; ".join(f"{number(x)}, {number(y)}" for x, y in mean.seeds))
+        for name, curve in curves.items()
+        for mean in curve
+    ]
+    alt = f"{block.title}. {block.y_label} against {block.x_label}: {', '.join(curves)}."
+    columns = ("", "point", block.x_label, block.y_label, "every seed")
+    return Drawing(_svg(onto, prefix, alt), _legend(prefix, curves), columns, tuple(rows), omitted)
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def _bars(block: Bars, prefix: str) -> Drawing:
@@ -156,14 +215,15 @@ def _label(axes: Any, x_label: str, y_label: str) -> None:
     axes.tick_params(which="both", length=0)
 
 
-def _logarithmic(axes: Any, values: list[float]) -> None:
+def logarithmic(axis: Any, values: list[float]) -> None:
+    """Gives an axis, of axes, powers of ten, or their steps 1, 2, 5 where the values lie close together."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
+    {"x": axis.axes.set_xscale, "y": axis.axes.set_yscale}[axis.axis_name]("log")
     narrow = bool(values) and max(values) < 100 * min(values)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(prefix: str, names: Any, joined: bool = True) -> tuple[tuple[Markup, str], ...]:

@@ -1,0 +1,329 @@
+"""Starts of the synthetic world that are made here: a model, and rows of what people said of its answers.
+
+A config names them: `world:tiny` in `model.path` is a fine-tuned model, `world:tiny/answers` in `data.path` the
+pairs of its answers that simulated people compared. What isn't there is made first, on this machine, from nothing:
+rows (docs/world.md), a tokenizer, pre-training, fine-tuning on demonstrations, answers, labels. It is a function of
+the recipe alone and lies in `cache`, so it is made once.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import jax
+from etils import epath
+
+from rlhf_jax import fields
+from rlhf_jax.checkpoint import CheckpointConfig
+from rlhf_jax.config import Config, Evaluate, Loss, ModelConfig, OptimizerConfig, Train
+from rlhf_jax.data import labellers, world, world_rows
+from rlhf_jax.data.config import Data
+from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate.answers import Subject, answer
+from rlhf_jax.metrics import LogConfig
+from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.sampler import Sampler
+from rlhf_jax.sharding import MeshShape
+from rlhf_jax.workdir import check_writable, open_policy
+
+PREFIX = "world:"
+# What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns.
+FILES = (
+    "documents", "demonstrations", "demonstrations_held_out", "answers", "answers_held_out", "prompts_held_out",
+)  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 288,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "initializer_range": 0.1,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
+SAMPLING = Sampling(max_new_tokens=40)
+WHOLE = "recipe.json"  # written last: a folder without it is not used
+MAKING = 1  # to be raised when the same recipe comes to make something else
+
+TrainFunction = Callable[[Config, str], Any]  # run.train, which stands below this module
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How one stage learns what is written."""
+
+    rate: Annotated[float, "learning rate after the warm-up"]
+    steps: Annotated[int, "most updates"] = 3000
+    every: Annotated[int, "steps between evaluations"] = 100
+    patience: Annotated[int, "evaluations without a lower held-out loss that end it; 0: it takes all its steps"] = 2
+    warmup: Annotated[int, "steps over which the rate rises"] = 50
+    schedule: Annotated[str, "shape after the warm-up"] = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """How a preference method is trained on a start; the start doesn't depend on it."""
+
+    rate: float = 3e-4
+    steps: int = 120
+    batch_size: int = 32
+    every: Annotated[int, "steps between evaluations"] = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a start is made from."""
+
+    world: world_rows.World
+    takes: Annotated[str, "how long it takes to make, for the user"]
+    width: Annotated[int, "of the model"] = SHAPE["hidden_size"]
+    pretrain: Stage = Stage(rate=4e-3, every=100)
+    sft: Stage = Stage(rate=1e-3, every=50)
+    preference: Preference = Preference()
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return SHAPE | {"hidden_size": self.width, "intermediate_size": 3 * self.width}
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what is made."""
+        decides = fields.to_dict(dataclasses.replace(self, takes="", preference=Preference()))
+        decides |= {"shape": self.shape, "making": MAKING}
+        decides |= {"length": LENGTH, "sampling": dataclasses.asdict(SAMPLING)}
+        return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+ROWS = world_rows.World(
+    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=0
+)  # fmt: skip
+RECIPES = {
+    "tiny": Recipe(
+        dataclasses.replace(ROWS, documents=6400, demonstrations=2560, prompts=1000, prompts_held_out=200),
+        takes="about 20 s on two CPU cores",
+        width=64,
+        pretrain=Stage(rate=8e-3, steps=160, patience=0, schedule="linear", warmup=20),
+        sft=Stage(rate=4e-3, steps=160, patience=0, schedule="linear", warmup=20),
+        preference=Preference(steps=60, batch_size=16, every=20),
+    ),
+    "small": Recipe(ROWS, takes="about 2 minutes on two CPU cores"),
+}
+
+
+def on(config: Config, name: str) -> Config:
+    """The same preference experiment on a start that is made here, with the steps and the rate that suit it."""
+    recipe, rows = RECIPES[_known(name)], f"{PREFIX}{name}/answers"
+    tuning = recipe.preference
+    return dataclasses.replace(
+        config,
+        model=ModelConfig(path=f"{PREFIX}{name}"),
+        data=Data(path=(rows,), eval_path=(f"{rows}_held_out",), **LENGTH),
+        optimizer=OptimizerConfig(learning_rate=tuning.rate, schedule="cosine", warmup=10),
+        train=Train(steps=tuning.steps, batch_size=tuning.batch_size),
+        evaluate=Evaluate(every=tuning.every),
+        checkpoint=CheckpointConfig(every=0, keep_last=1),
+        log=LogConfig(tensorboard=False),
+    )
+
+
+# Names
+
+
+def provide(config: Config, train: TrainFunction) -> Config:
+    """The config with folders and files in the place of its `world:` names; what isn't there is made first.
+
+    Args:
+      train: run.train.
+    Errors: UserError for a name that there isn't, and a cache that can't be written to.
+    """
+    model, data = config.model, config.data
+    if model.path is not None and model.path.startswith(PREFIX):
+        name, slash, _ = model.path.removeprefix(PREFIX).partition("/")
+        if slash:
+            raise UserError(f"--config.model.path={model.path} names rows; the model is {PREFIX}{_known(name)}.")
+        model = dataclasses.replace(model, path=os.fspath(folder(name, config.cache, train) / "model"))
+    place = lambda path: os.fspath(file(path, config.cache, train)) if path.startswith(PREFIX) else path
+    paths = {part: tuple(map(place, getattr(data, part))) for part in ("path", "eval_path")}
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **paths))
+
+
+def file(spec: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
+    """The file behind `world:NAME/FILE`.
+
+    Args:
+      cache: the folder that starts lie in, as Config.cache.
+      train: run.train, with which a start that isn't there is made; None: it must be there.
+    Errors: UserError for a name that there isn't, and a start that isn't there and can't be made.
+    """
+    name, _, part = spec.removeprefix(PREFIX).partition("/")
+    _known(name)
+    if part not in FILES:
+        near = f"the nearest is {PREFIX}{name}/{fields.nearest(part, FILES)}, " if part else ""
+        raise UserError(f"{spec!r} names no rows; {near}{PREFIX}{name}/ has {', '.join(FILES)}.")
+    return folder(name, cache, train) / f"{part}.jsonl"
+
+
+def folder(name: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
+    """The folder of a start: model/ and a JSON lines file for each of FILES; arguments and errors as of `file`."""
+    recipe = RECIPES[_known(name)]
+    place = epath.Path(os.path.expanduser(cache)) / "worlds" / f"{name}-{recipe.digest}"
+    if (place / WHOLE).exists():
+        return place
+    if train is None or jax.process_count() > 1:
+        raise UserError(
+            f"{PREFIX}{name} isn't made yet, and it is made by a run on one process; train once with "
+            f"--config=configs/dpo.py:{name}."
+        )
+    check_writable(place.parent, "cache", "--config.cache")
+    print(f"{PREFIX}{name}: making it, once; {recipe.takes}", flush=True)
+    began = time.monotonic()
+    # A folder of its own until it is whole: two that make at once don't meet, and a kill leaves nothing to trust.
+    own = place.parent / f"{place.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        _make(name, recipe, own, train)
+        _put(own, place)
+    finally:
+        own.rmtree(missing_ok=True)
+    print(f"{PREFIX}{name}: made in {time.monotonic() - began:.0f} s; it lies in {place}", flush=True)
+    return place
+
+
+def _known(name: str) -> str:
+    if name not in RECIPES:
+        near = f"the nearest is {PREFIX}{fields.nearest(name, RECIPES)}, there are"
+        raise UserError(f"there is no {PREFIX}{name}; {near} {', '.join(PREFIX + known for known in RECIPES)}.")
+    return name
+
+
+def _put(own: epath.Path, place: epath.Path) -> None:
+    """Gives a whole folder its name, unless another process was faster."""
+    if place.exists() and not (place / WHOLE).exists():
+        place.rmtree()  # what is left of one
+    try:
+        own.rename(place)
+    except OSError:
+        if not (place / WHOLE).exists():
+            raise
+
+
+# Making
+
+
+def _make(name: str, recipe: Recipe, place: epath.Path, train: TrainFunction) -> None:
+    """All stages, in a folder that isn't there yet; what they worked with is deleted, and WHOLE stands last."""
+    rows, base, seed = place / "rows", place / "base", recipe.world.seed
+
+    def stage(what: str, file: str, start: epath.Path | None, settings: Stage) -> epath.Path:
+        print(f"{PREFIX}{name}: {what}", flush=True)
+        model = ModelConfig(path=os.fspath(start or base), init="checkpoint" if start else "random")
+        # On one device, whatever there is: the order of a sum over more would show in the weights.
+        config = dataclasses.replace(
+            likelihood(rows, file, settings), model=model, seed=seed, mesh=MeshShape(1, 1, 1)
+        )  # fmt: skip
+        work = place / f"{file}_run"
+        with contextlib.redirect_stdout(io.StringIO()):  # what a run tells is of no use to whoever wants its product
+            train(config, os.fspath(work))
+        best = "@best" if settings.patience else ""
+        return export(f"{work}{best}", place / f"{file}_model")
+
+    world_rows.write(rows, recipe.world)
+    write_model(base, [row["completion"] for row in read(rows / "documents.jsonl")], recipe.shape)
+    start = stage("pre-training on documents", "documents", None, recipe.pretrain)
+    tuned = stage("fine-tuning on demonstrations", "demonstrations", start, recipe.sft)
+    print(f"{PREFIX}{name}: people compare its answers", flush=True)
+    prompts = [row["prompt"] for split in ("prompts", "prompts_held_out") for row in read(rows / f"{split}.jsonl")]
+    pairs = compare_answers(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, seed)
+    for split, held_out in (("answers", False), ("answers_held_out", True)):
+        write(rows / f"{split}.jsonl", [pair for pair in pairs if world.held_out(pair["prompt"]) == held_out])
+    for part in FILES:
+        (rows / f"{part}.jsonl").rename(place / f"{part}.jsonl")
+    tuned.rename(place / "model")
+    for left in place.iterdir():
+        if left.is_dir() and left.name != "model":
+            left.rmtree()
+    (place / WHOLE).write_text(json.dumps(fields.to_dict(recipe), indent=2) + "\n")
+
+
+def write_model(folder: epath.Path, texts: Sequence[str], shape: dict[str, Any] = SHAPE) -> None:
+    """A config without weights, and a byte-level tokenizer made from the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape["vocab_size"], special_tokens=["<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fast.save_pretrained(os.fspath(folder))
+    (folder / "config.json").write_text(json.dumps(shape, indent=2))
+
+
+def likelihood(rows: epath.Path, name: str, stage: Stage) -> Config:
+    """Training on what is written in `name`.jsonl; with patience until `name`_held_out has not become likelier.
+
+    The model and the seed are the caller's to fill in.
+    """
+    held_out = (os.fspath(rows / f"{name}_held_out.jsonl"),) if stage.patience else ()
+    data = Data(path=(os.fspath(rows / f"{name}.jsonl"),), eval_path=held_out, **LENGTH)
+    return Config(
+        algorithm="sft",
+        loss=Loss(name="nll"),
+        data=data if stage.patience else dataclasses.replace(data, eval_share=0.0),
+        optimizer=OptimizerConfig(learning_rate=stage.rate, schedule=stage.schedule, warmup=stage.warmup),
+        train=Train(steps=stage.steps, batch_size=32),
+        evaluate=Evaluate(every=stage.every, patience=stage.patience) if stage.patience else Evaluate(every=0),
+        checkpoint=CheckpointConfig(every=0, keep_last=1),
+        log=LogConfig(tensorboard=False),
+    )
+
+
+def export(run: str, folder: epath.Path) -> epath.Path:
+    """A run's model, WORKDIR or WORKDIR@best, as a Hugging Face folder with its tokenizer; gives it back."""
+    if not (folder / "tokenizer_config.json").exists():  # it is written last
+        policy = open_policy(run)
+        hf.write(folder, policy.model, policy.params)
+        policy.tokenizer.save_pretrained(os.fspath(folder))
+    return folder
+
+
+def open_subject(name: str, path: str) -> Subject:
+    """What can answer, from whatever `workdir.open_policy` opens."""
+    policy = open_policy(path)
+    return Subject(name, policy.model, policy.params, policy.tokenizer, policy.end_ids)
+
+
+def compare_answers(
+    subject: Subject, prompts: Sequence[str], config: world_rows.World, seed: int
+) -> list[world_rows.Row]:
+    """Two answers to each prompt, compared by `labels` of the `labellers` people of a world; rows of `label_pairs`."""
+    sampler = Sampler(subject.model, samples=2)
+    answers = answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, seed)
+    first, second = zip(*answers.texts, strict=True)
+    knobs = {name: value for name, value in dataclasses.asdict(config.labeller).items() if name != "seed"}
+    people = labellers.panel(config.labellers, seed, **knobs)
+    return labellers.label_pairs(prompts, first, second, people, config.labels, seed)
+
+
+def read(file: epath.Path) -> list[world_rows.Row]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write(file: epath.Path, rows: Sequence[world_rows.Row]) -> None:
+    """The rows as JSON lines."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

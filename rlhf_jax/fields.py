@@ -196,6 +196,20 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "", path: st
     return cls(**made)
 
 
+def replace(section: Any, given: Mapping[str, Any], path: str = "") -> Any:
+    """Returns a dataclass instance with other values at dotted paths, those that begin with `path`.
+
+    All of a section's changes are made at once, so that its own checks see only the values meant.
+    """
+    made = {}
+    for field in declared(section, path):
+        if field.is_section:
+            made[field.name] = replace(field.value, given, field.path)
+        elif field.path in given:
+            made[field.name] = given[field.path]
+    return dataclasses.replace(section, **made)
+
+
 def diff(a: Any, b: Any) -> list[str]:
     """Returns a line `field: a -> b` for each leaf in which two dataclass instances differ."""
     old, new = ({leaf.path: leaf.value for leaf in leaves(side)} for side in (a, b))

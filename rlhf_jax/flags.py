@@ -30,7 +30,6 @@ One field of a program may take the words of the command line, which otherwise n
     runs: Annotated[tuple[str, ...], flags.WORDS, "folders"] = ()  # compare A B --seed=1, or compare --runs=A,B
 """
 
-import dataclasses
 import re
 import sys
 import types
@@ -53,6 +52,7 @@ from rlhf_jax.fields import (
     from_dict,
     leaves,
     nearest,
+    replace,
     to_dict,
 )
 
@@ -157,7 +157,7 @@ def parse(argv: Sequence[str], program: type[P]) -> P:
     for leaf in own:
         if leaf.value is MISSING and leaf.path not in given:
             raise UserError(f"pass --{leaf.path}=...: {leaf.meaning or leaf.kind.allowed}.")
-    replaced = {name: _replace(section, name, given) for name, section in loaded.items()}
+    replaced = {name: replace(section, given, name) for name, section in loaded.items()}
     return program(**replaced, **{leaf.name: given[leaf.path] for leaf in own if leaf.path in given})
 
 
@@ -190,17 +190,6 @@ def _load_section(field: Field, spec: str | None) -> Any:
         found = type(section).__name__
         raise UserError(f"{spec}: get_config returned a {found}; it must return a {field.type.__name__}.")
     return from_dict(type(section), to_dict(section), f"{spec}: " if spec else "", field.path)
-
-
-def _replace(section: Any, path: str, given: Mapping[str, Any]) -> Any:
-    """All of a section's changes at once, so that its own checks see only the values meant."""
-    made = {}
-    for field in declared(section, path):
-        if field.is_section:
-            made[field.name] = _replace(field.value, field.path, given)
-        elif field.path in given:
-            made[field.name] = given[field.path]
-    return dataclasses.replace(section, **made)
 
 
 def run(main: Callable[[P], None], program: type[P], argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,8 @@ class Result(NamedTuple):
     kl: Estimate | None  # nats an answer: sum over its tokens of log policy - log baseline, sampled from the policy
     tokens: Estimate  # of an answer, the one that ended it included
     ended: float  # share of answers that ended by themselves
+    kls: np.ndarray | None  # [prompts, samples] log policy - log baseline of each answer, nats
+    lengths: np.ndarray  # [prompts, samples] tokens of each answer, the one that ended it included
 
 
 def has_kl(sampling: Sampling) -> bool:
@@ -76,18 +78,22 @@ def compare(
         kls.append(_kl(subject, subjects[base], answers, sampling.temperature) if same else None)
     estimates = paired(_columns(names, drawn, scores, kls, base), seed=seed)
     results = []
-    for name, answers, values in zip(names, drawn, scores, strict=True):
-        said = {part: estimates.get(f"{name}\n{part}") for part in ("score", "gain", "wins", "kl", "tokens")}
+    for name, answers, values, kl in zip(names, drawn, scores, kls, strict=True):
+        said: Any = {part: estimates.get(f"{name}\n{part}") for part in ("score", "gain", "wins", "kl", "tokens")}
         ended = float(np.mean([c.stop == "end" for row in answers.completions for c in row]))
-        results.append(Result(name, answers.texts, values, **said, ended=ended))  # pyright: ignore[reportArgumentType]
+        results.append(Result(name, answers.texts, values, **said, ended=ended, kls=kl, lengths=_lengths(answers)))
     return results
 
 
 def _kl(subject: Subject, baseline: Subject, answers: Answers, temperature: float) -> np.ndarray:
-    """For each prompt, the mean over its answers of log policy - log baseline."""
+    """For each prompt and answer log policy - log baseline."""
     # Both are measured alike, so that a model's KL to itself is 0 to the last bit.
     own, other = (np.asarray(logprobs(by, answers, temperature)) for by in (subject, baseline))
-    return np.mean(own - other, axis=1)
+    return own - other
+
+
+def _lengths(answers: Answers) -> np.ndarray:
+    return np.asarray([[len(completion.tokens) for completion in row] for row in answers.completions])
 
 
 def _columns(
@@ -103,9 +109,9 @@ def _columns(
         columns[f"{name}\nscore"] = values.mean(axis=1)
         columns[f"{name}\ngain"] = values.mean(axis=1) - scores[base].mean(axis=1)
         columns[f"{name}\nwins"] = win_shares(values, scores[base])
-        columns[f"{name}\ntokens"] = np.asarray([np.mean([len(c.tokens) for c in row]) for row in answers.completions])
+        columns[f"{name}\ntokens"] = _lengths(answers).mean(axis=1)
         if kl is not None:
-            columns[f"{name}\nkl"] = kl
+            columns[f"{name}\nkl"] = kl.mean(axis=1)
     return columns
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -46,6 +46,9 @@ class Ablate(Sampling):
     sweep: Annotated[str, "FIELD=VALUE,VALUE;FIELD=VALUE: the fields of the config that vary, and their values"] = ""
     workdir: Annotated[str, "folder that everything is written to"] = ""
     together: Annotated[int, "most members trained at once; fewer need less memory"] = 16
+    axis: Annotated[
+        Literal["map", "vmap"], "members take a step one by one in one program, or all at once, which takes more memory"
+    ] = "map"
     shard: Annotated[str, "i/n: only the i-th of n parts, for n machines with one workdir"] = "1/1"
     prompts: Annotated[
         str | None, "file of prompts that members answer; none: the held-out ones of the world, if the rows are its"
@@ -172,7 +175,7 @@ def train(program: Ablate, workdir: epath.Path, members: Sequence[sweep.Planned]
     for number, group in enumerate(groups := sweep.groups(ready, program.together)):
         print(f"group {number + 1} of {len(groups)}", flush=True)
         began = time.monotonic()
-        sweep.train_group(group)
+        sweep.train_group(group, program.axis)
         seconds = (time.monotonic() - began) / len(group)
         results = judged.members(group) if judges else {}
         for one in group:

@@ -5,7 +5,7 @@ are frozen, a fixed reference) has no such axis.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,28 @@ from rlhf_jax.config import Config
 from rlhf_jax.metrics import Log
 from rlhf_jax.workdir import evaluations
 
+Way = Literal["map", "vmap"]
+
 
 class Axis:
     """The leading axis of the members; none if there is one member."""
 
-    def __init__(self, members: int, mesh: Mesh):
-        self.members, self.mesh = members, mesh
+    def __init__(self, members: int, mesh: Mesh, way: Way = "map"):
+        """Args: way: one member after the other in one program (`lax.map`), or all at once (`vmap`)."""
+        self.members, self.mesh, self.way = members, mesh, way
         self._take = jax.jit(lambda tree, member: jax.tree.map(lambda x: x[member], tree))
 
     def over(self, function: Callable[..., Any], shared: Sequence[int] = ()) -> Callable[..., Any]:
-        """The function for all members at once; its arguments at `shared` are the same for all of them."""
+        """The function for all members; its arguments at `shared` are the same for all of them."""
         if self.members == 1:
             return function
 
-        def mapped(*args: Any) -> Any:
-            axes = tuple(None if place in shared else 0 for place in range(len(args)))
-            return jax.vmap(function, in_axes=axes)(*args)
+        def for_all(*args: Any) -> Any:
+            own = {place: arg for place, arg in enumerate(args) if place not in shared}
+            one = lambda own: function(*(own.get(place, arg) for place, arg in enumerate(args)))
+            return jax.vmap(one)(own) if self.way == "vmap" else jax.lax.map(one, own)
 
-        return mapped
+        return for_all
 
     def places(self, shardings: Any) -> Any:
         """Where arrays with the axis lie, from where each member's would."""

@@ -23,7 +23,7 @@ from rlhf_jax.checkpoint import Restored
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.initial import Tables, base_params, new_adapter, new_state, reference_tables, state_shapes
-from rlhf_jax.members import Axis, Member, patience
+from rlhf_jax.members import Axis, Member, Way, patience
 from rlhf_jax.metrics import wilson
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.workdir import check_base, last_line, open_workdir
@@ -116,13 +116,16 @@ def announce(built: Built) -> None:
 class Run:
     """The training loop of one built experiment, or of several that share one program, in step with each other."""
 
-    def __init__(self, builts: Sequence[Built], step: int | None):
-        """Args:
-        builts: one, or several that `sweep.program` says the same of.
-        step: the checkpoint to go on from; None starts anew.
+    def __init__(self, builts: Sequence[Built], step: int | None, way: Way = "map"):
+        """Starts or goes on.
+
+        Args:
+          builts: one, or several that `sweep.program` says the same of.
+          step: the checkpoint to go on from; None starts anew.
+          way: how several take a step, see `members.Axis`.
         """
         self.built, mesh = builts[0], builts[0].mesh
-        self.axis = Axis(len(builts), mesh)
+        self.axis = Axis(len(builts), mesh, way)
         self.members = [Member(built, step) for built in builts]
         self.rows = sharding.row_sharding(mesh)
         shapes = state_shapes(self.built)

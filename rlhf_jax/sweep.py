@@ -16,6 +16,7 @@ from rlhf_jax import fields, objective, worlds
 from rlhf_jax.build import Built, Memory, build
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
+from rlhf_jax.members import Way
 from rlhf_jax.run import Run, announce, begin, train
 from rlhf_jax.workdir import open_workdir
 
@@ -135,8 +136,11 @@ def groups(members: Sequence[Ready], together: int) -> list[list[Ready]]:
     return made
 
 
-def train_group(group: Sequence[Ready]) -> None:
-    """Trains the members of one group to their last step, or leaves them as they are if they are there."""
+def train_group(group: Sequence[Ready], way: Way = "map") -> None:
+    """Trains the members of one group to their last step, or leaves them as they are if they are there.
+
+    Args: way: how they take a step together, see `members.Axis`.
+    """
     first = group[0]
     if first.step is not None and first.step >= first.built.steps:
         return
@@ -145,7 +149,7 @@ def train_group(group: Sequence[Ready]) -> None:
     announce(first.built)
     names = ", ".join(one.member.name for one in group)
     print(f"together: {len(group)} members in one program: {names}", flush=True)
-    Run([one.built for one in group], first.step).train()
+    Run([one.built for one in group], first.step, way).train()
 
 
 def shard(members: Sequence[Planned], part: str) -> list[Planned]:

@@ -107,13 +107,13 @@ ROWS = world_rows.World(
 RECIPES = {
     "tiny": Recipe(
         dataclasses.replace(ROWS, documents=6400, demonstrations=2560, prompts=1000, prompts_held_out=200),
-        takes="about 20 s on two CPU cores",
+        takes="about half a minute on two CPU cores",
         width=64,
         pretrain=Stage(rate=8e-3, steps=160, patience=0, schedule="linear", warmup=20),
         sft=Stage(rate=4e-3, steps=160, patience=0, schedule="linear", warmup=20),
         preference=Preference(steps=60, batch_size=16, every=20),
     ),
-    "small": Recipe(ROWS, takes="about 2 minutes on two CPU cores"),
+    "small": Recipe(ROWS, takes="a few minutes on two CPU cores"),
 }
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any
+import inspect
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import preference, sft
+from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.step import Objective, Optimizer, TrainState, make_state, make_step
+from rlhf_jax.losses import LOSSES
 from rlhf_jax.models.decoder import Model, Numerics
 from rlhf_jax.models.rope import Rope
 from rlhf_jax.models.shape import Kind, Shape
@@ -22,6 +25,7 @@ SHAPE = Shape(
     kinds=(Kind(rope=Rope(theta=100.0)),), tied=False, qkv_bias=True, spread=0.3,
 )  # fmt: skip
 ROWS, LENGTH = 32, 24
+PARTNERS = ("margin_partner", "chosen_partner", "rejected_partner")
 
 
 def make_model(mesh: jax.sharding.Mesh | None = None, **numerics: Any) -> Model:
@@ -51,6 +55,8 @@ def make_rows(seed: int = 0, rows: int = ROWS, completions: int = 2) -> dict[str
         "labels": np.tile(np.arange(completions) == 0, (rows, 1)),
         "ref_logprob": (-4.5 * length + rng.normal(size=(rows, completions))).astype(np.float32),
         "baseline": np.full(rows, 0.3, np.float32),
+        "shift": np.full(rows, 0.2, np.float32),
+        **{name: rng.normal(size=rows).astype(np.float32) for name in PARTNERS},
     }
 
 
@@ -67,7 +73,25 @@ def either(learning_rate: Any, *, plain: float = 0.0, weight_decay: float = 0.01
 
 
 OPTIMIZER = Optimizer(either, optax.constant_schedule(1.0))
-OBJECTIVES = {takes: algorithm.make_objective for algorithm in (sft, preference) for takes in algorithm.READS}
+OBJECTIVES = {takes: algorithm.make_objective for algorithm in (preference, sft) for takes in algorithm.READS}
+
+
+def part(name: str) -> Part:
+    """A loss of the project with its defaults."""
+    loss = LOSSES[name]
+    first = next(iter(inspect.signature(loss).parameters))
+    return Part(name, loss, get_type_hints(loss)[first], {})
+
+
+def objective_of(name: str, model: Any) -> Objective:
+    """The objective of one loss; its hyper-parameters are `numbers_of`."""
+    one = part(name)
+    return OBJECTIVES[one.takes](model, [one], preference.PreferenceConfig())
+
+
+def numbers_of(name: str, **numbers: Any) -> dict[str, Any]:
+    """hyper["loss"] and hyper["weights"] of one loss."""
+    return {"loss": {name: numbers}, "weights": {name: 1.0}}
 
 
 def hyper(loss: dict[str, float], learning_rate: float = 3e-2, plain: float = 0.0) -> dict[str, Any]:

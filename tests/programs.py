@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import ALGORITHMS, preference
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.completions import reference_columns
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
 from rlhf_jax.algorithms.step import Optimizer, make_state, make_step
 from rlhf_jax.losses.preference import Pair
 from rlhf_jax.losses.supervised import Tokens
 from rlhf_jax.losses.unpaired import Answer
 from rlhf_jax.models.decoder import Model
+from tests import problem
 
 Program = Literal["step", "evaluation", "reference"]
 LOSSES = {"nll": ("sft", Tokens), "dpo": ("preference", Pair), "kto": ("preference", Answer)}
@@ -41,9 +43,9 @@ def lower(
     assert mesh is not None
     name, takes = LOSSES[loss]
     algorithm = ALGORITHMS[name]
-    objective = algorithm.make_objective(model, algorithm.LOSSES[loss], takes, {})
+    objective = algorithm.make_objective(model, [problem.part(loss)])
     optimizer = Optimizer(OPTIMIZERS["adamw"], make_schedule("constant", 1, 0, 0.1))
-    hyper = {"loss": NUMBERS[loss], "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
+    hyper = {**problem.numbers_of(loss, **NUMBERS[loss]), "optimizer": {"learning_rate": 1e-3, "clip_norm": 1.0}}
     params, key = jax.eval_shape(model.init, jax.random.key(0)), jax.eval_shape(lambda: jax.random.PRNGKey(0))
     state = jax.eval_shape(lambda p, k: make_state(p, hyper, optimizer, k), params, key)
     places, everywhere = sharding.state_shardings(state, mesh), NamedSharding(mesh, PartitionSpec())
@@ -55,4 +57,5 @@ def lower(
         return jax.jit(step, out_shardings=(places, everywhere), donate_argnums=0).lower(state, batch)
     if program == "evaluation":
         return jax.jit(objective, out_shardings=everywhere).lower(state.params, None, state.hyper, batch, state.key)
-    return jax.jit(preference.make_reference_pass(model), out_shardings=everywhere).lower(state.params, batch)
+    reference = lambda params, batch: reference_columns(model, params, batch)
+    return jax.jit(reference, out_shardings=everywhere).lower(state.params, batch)

@@ -17,7 +17,8 @@ PACKAGE = "rlhf_jax"
 FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
-    "checkpoint", "metrics", "report", "config", "objective", "build", "workdir", "worlds", "initial", "members", "run", "sweep", "plan",
+    "checkpoint", "metrics", "report", "config", "objective", "build", "workdir", "worlds",
+    "initial", "members", "run", "sweep", "plan",
 )  # fmt: skip
 SHARED_BY_ALGORITHMS = ("step", "parts", "completions", "optimizers")
 # Other people's packages that a floor may import; the floors that aren't named may import any.

@@ -45,9 +45,13 @@ def trained_shapes(built: Built) -> Any:
     return shapes if built.model.adapter is None else lora.split(shapes)[0]
 
 
-def new_state(built: Built, params: Any, key: jax.Array) -> TrainState:
-    """The state before the first update, without what is frozen."""
-    return make_state(params, built.hyper, built.optimizer, key, carry=built.carry(params))
+def new_state(built: Built, params: Any, key: jax.Array, hyper: Any = None) -> TrainState:
+    """The state before the first update, without what is frozen.
+
+    Args: hyper: the numbers of another experiment that shares this one's program; None: its own.
+    """
+    numbers = built.hyper if hyper is None else hyper
+    return make_state(params, numbers, built.optimizer, key, carry=built.carry(params))
 
 
 def state_shapes(built: Built) -> TrainState:

@@ -70,7 +70,7 @@ class Axis:
         if self.members == 1:
             return sharding.place_rows(batches[0], self.mesh)
         rows = self.places(sharding.row_sharding(self.mesh))
-        together = jax.tree.map(_stacked, *batches)
+        together = jax.tree_util.tree_map_with_path(_stacked, *batches)
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), together)
 
     def split(self, values: Any) -> list[Any]:
@@ -80,11 +80,12 @@ class Axis:
         return [jax.tree.map(lambda x, i=i: x[i], values) for i in range(self.members)]
 
 
-def _stacked(*arrays: np.ndarray) -> np.ndarray:
-    """Stacks arrays that may differ in their last dimension, tokens, whose tails are then padding."""
-    longest = max(array.shape[-1] for array in arrays)
-    pad = lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])])
-    return np.stack([pad(x) if x.shape[-1] < longest else x for x in arrays])
+def _stacked(path: tuple[Any, ...], *arrays: np.ndarray) -> np.ndarray:
+    """Stacks arrays of which some are longer than others, the rest filled with padding, which is nobody's row."""
+    nothing = -1 if path[-1].key == "index" else 0
+    largest = [max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True)]
+    ends = lambda x: [(0, most - size) for most, size in zip(largest, x.shape, strict=True)]
+    return np.stack([np.pad(x, ends(x), constant_values=nothing) for x in arrays])
 
 
 class Patience:

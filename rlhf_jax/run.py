@@ -143,7 +143,7 @@ class Run:
             states = [found.state for found in restored]
             self.pending = [self.axis.stack(batches) for batches in zip(*(r.pending for r in restored), strict=True)]
         else:
-            states = [self._new_state(built, places) for built in builts]
+            states = self._new_states(builts, places)
         self.state: TrainState = self.axis.stack(states)
         self._params = None
         self._compile(self.axis.places(places))
@@ -157,14 +157,16 @@ class Run:
                 "started with; put them back or give another --workdir."
             )
 
-    def _new_state(self, built: Built, places: TrainState) -> TrainState:
-        """The state before the first step; of several members each has weights of its own, that of one takes them."""
-        trained = self._base() if built.model.adapter is None else new_adapter(built)
-        take = len(self.members) == 1 or built.model.adapter is not None
+    def _new_states(self, builts: Sequence[Built], places: TrainState) -> list[TrainState]:
+        """The states before the first step; of several members each has weights of its own, that of one takes them."""
+        adapted = self.built.model.adapter is not None
         make = jax.jit(
-            lambda params, key: new_state(built, params, key), out_shardings=places, donate_argnums=0 if take else ()
-        )
-        return make(trained, jax.random.PRNGKey(built.config.seed))
+            lambda params, key, hyper: new_state(self.built, params, key, hyper), out_shardings=places,
+            donate_argnums=0 if len(builts) == 1 or adapted else (),
+        )  # fmt: skip
+        numbers = lambda built: jax.tree.map(np.float32, built.hyper)
+        trained = lambda built: new_adapter(built) if adapted else self._base()
+        return [make(trained(built), jax.random.PRNGKey(built.config.seed), numbers(built)) for built in builts]
 
     def _compile(self, places: TrainState) -> None:
         """The jitted step, what it is fed by, and the judge's sums; each compiles when it is first called."""

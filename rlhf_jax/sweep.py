@@ -120,8 +120,7 @@ def program(one: Ready) -> str:
     if config.evaluate.patience:  # a run that ends when it likes goes alone
         numbers = set()
     same = {leaf.path: fields.text(leaf.value) for leaf in fields.leaves(config) if leaf.path not in numbers}
-    loader = one.built.loader
-    return repr((same, one.built.steps, one.step, loader.most, loader.lanes, sorted(hyper)))
+    return repr((same, one.built.steps, one.step, sorted(hyper)))
 
 
 def groups(members: Sequence[Ready], together: int) -> list[list[Ready]]:

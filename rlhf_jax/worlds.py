@@ -72,7 +72,8 @@ class Preference:
 
     rate: float = 3e-4
     steps: int = 120
-    batch_size: int = 32
+    batch_size: Annotated[int, "packed rows, of about two pairs each"] = 16
+    length: Annotated[int, "tokens of a packed row"] = 56
     every: Annotated[int, "steps between evaluations"] = 40
 
 
@@ -95,7 +96,8 @@ class Recipe:
     @property
     def digest(self) -> str:
         """Of everything that decides what is made."""
-        decides = fields.to_dict(dataclasses.replace(self, takes="", preference=Preference()))
+        decides = fields.to_dict(self)
+        del decides["takes"], decides["preference"]
         decides |= {"shape": self.shape, "making": MAKING}
         decides |= {"length": LENGTH, "sampling": dataclasses.asdict(SAMPLING)}
         return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -111,7 +113,7 @@ RECIPES = {
         width=64,
         pretrain=Stage(rate=8e-3, steps=160, patience=0, schedule="linear", warmup=20),
         sft=Stage(rate=4e-3, steps=160, patience=0, schedule="linear", warmup=20),
-        preference=Preference(steps=60, batch_size=16, every=20),
+        preference=Preference(steps=60, batch_size=8, every=20),
     ),
     "small": Recipe(ROWS, takes="a few minutes on two CPU cores"),
 }
@@ -124,7 +126,7 @@ def on(config: Config, name: str) -> Config:
     return dataclasses.replace(
         config,
         model=ModelConfig(path=f"{PREFIX}{name}"),
-        data=Data(path=(rows,), eval_path=(f"{rows}_held_out",), **LENGTH),
+        data=Data(path=(rows,), eval_path=(f"{rows}_held_out",), length=tuning.length, pack=True),
         optimizer=OptimizerConfig(learning_rate=tuning.rate, schedule="cosine", warmup=10),
         train=Train(steps=tuning.steps, batch_size=tuning.batch_size),
         evaluate=Evaluate(every=tuning.every),

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
 
 from rlhf_jax.data import formats, sources
 from rlhf_jax.data.config import Data

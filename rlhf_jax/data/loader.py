@@ -134,11 +134,6 @@ class Loader:
         crossed = self._starts[own][:, None] + self._totals[partners] - self._starts[partners][:, None]
         return np.where(self._totals[partners] > 0, np.minimum(crossed, self.length), 0)
 
-    @property
-    def lanes(self) -> int:
-        """K, the most completions of an example."""
-        return self._totals.shape[1]
-
     def order(self, p: int) -> int:
         """Which of `rows` global row p >= 0 is: without packing a place in `examples`. Rows are endless."""
         return int(cast(int, self._order[p]))

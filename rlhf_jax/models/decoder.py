@@ -260,7 +260,7 @@ class Model:
 
     def shapes(self) -> Params:
         """The parameters as shapes and dtypes; nothing is computed, nor compiled."""
-        return jax.eval_shape(self.init, jax.eval_shape(jax.random.key, 0))
+        return _shapes(self)
 
     def init(self, key: Array) -> Params:
         """Random parameters; jit it with out_shardings to make each piece where it belongs."""
@@ -345,3 +345,8 @@ class Model:
         )  # fmt: skip
         stats = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
         return stats if balance is None else stats._replace(balance=jnp.mean(balance, axis=0))
+
+
+@functools.lru_cache(maxsize=32)
+def _shapes(model: Model) -> Params:
+    return jax.eval_shape(model.init, jax.eval_shape(jax.random.key, 0))

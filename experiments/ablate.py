@@ -38,13 +38,13 @@ START = "start"  # what the model is called that all members start from
 MOST_LOSSES = 64  # points of a member's loss that its line of the table shows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ablate(Sampling):
     """Trains every combination of some fields' values, and writes table.jsonl, table.md and figures."""
 
-    config: Config = Config()
-    sweep: Annotated[str, "FIELD=VALUE,VALUE;FIELD=VALUE: the fields of the config that vary, and their values"] = ""
-    workdir: Annotated[str, "folder that everything is written to"] = ""
+    config: Config
+    sweep: Annotated[str, "FIELD=VALUE,VALUE;FIELD=VALUE: the fields of the config that vary, and their values"]
+    workdir: Annotated[str, "folder that everything is written to"]
     together: Annotated[int, "most members trained at once; fewer need less memory"] = 16
     axis: Annotated[
         Literal["map", "vmap"], "members take a step one by one in one program, or all at once, which takes more memory"
@@ -186,7 +186,7 @@ def train(program: Ablate, workdir: epath.Path, members: Sequence[sweep.Planned]
 def main(program: Ablate) -> None:
     """Runs it."""
     if not program.workdir:
-        raise UserError("pass --workdir=...: the folder that everything is written to.")
+        raise UserError("--workdir is empty; give the folder that everything is written to.")
     for name in ("samples", "rows", "together"):
         if (value := getattr(program, name)) is not None and value < 1:
             raise UserError(f"--{name}={value} is not allowed; it must be at least 1.")

@@ -198,6 +198,11 @@ def main(program: Ablate) -> None:
     workdir = epath.Path(os.path.expanduser(program.workdir))
     check_writable(workdir, "workdir", "--workdir")
     judged = Judged(program, workdir)
+    if judged.scorer is not None and any(member.config.model.init == "random" for member in members):
+        raise UserError(
+            "members are judged against the model that they start from, and --config.model.init=random has none; drop "
+            "--scorer and --prompts, or start from a checkpoint."
+        )
     told = {
         member.name: workdir / "members" / sweep.folder(workdir, member).name / "result.jsonl" for member in members
     }

@@ -220,14 +220,20 @@ def load_tokenizer(folder: epath.Path) -> Any:
         ) from error
 
 
-def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> Built:
-    """Reads and checks everything that a run needs, and compiles nothing.
+class Checked(NamedTuple):
+    """What a config says by itself."""
 
-    Args:
-      memory: what other experiments of the program have read already.
+    chosen: objective.Chosen
+    make_optimizer: Callable[[int], Optimizer]
+    rates: dict[str, float]
+    mesh: Mesh
+
+
+def check(config: Config) -> Checked:
+    """All that can be checked before a file is read.
+
     Errors: UserError for whatever the user can mend.
     """
-    memory = memory or Memory()
     _check_values(config)
     _check_patience(config)
     metrics.check(config.log)
@@ -239,6 +245,18 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
     _check_batch(config, Layout(mesh).shards)
+    return Checked(chosen, make_optimizer, rates, mesh)
+
+
+def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> Built:
+    """Reads and checks everything that a run needs, and compiles nothing.
+
+    Args:
+      memory: what other experiments of the program have read already.
+    Errors: UserError for whatever the user can mend.
+    """
+    memory = memory or Memory()
+    chosen, make_optimizer, rates, mesh = check(config)
     found, model = memory.get(("model", config.model, config.lora, config.mesh), lambda: _model(config, mesh))
     length = model.shape.length if config.data.length is None else config.data.length
     if length > model.shape.length:

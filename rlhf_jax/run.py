@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import fields, sharding, worlds
 from rlhf_jax.algorithms.step import Batch, TrainState, make_step
-from rlhf_jax.build import Built, build
+from rlhf_jax.build import Built, build, check
 from rlhf_jax.checkpoint import Restored
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
@@ -54,9 +54,10 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
         if the run is finished.
     Errors: UserError, before anything is compiled, for whatever the user can mend.
     """
-    config = worlds.provide(config, train)
     if not workdir:
         raise UserError("--workdir is empty; give the folder that the run writes to.")
+    check(config)  # before a world is made
+    config = worlds.provide(config, train)
     place = epath.Path(os.path.expanduser(workdir))
     step = open_workdir(place, config, resume)
     if step is not None and config.train.steps is not None and step >= config.train.steps:

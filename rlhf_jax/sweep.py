@@ -8,12 +8,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, get_origin
 
 from etils import epath
 
 from rlhf_jax import fields, objective, worlds
-from rlhf_jax.build import Built, Memory, build
+from rlhf_jax.build import Built, Memory, build, check
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.members import Way
@@ -97,16 +98,25 @@ def ready(members: Sequence[Planned], workdir: epath.Path, memory: Memory) -> li
 
     Errors: UserError naming the first member that can't be run, as `run.train` alone would refuse it.
     """
+    for member in members:  # all of them before a world is made
+        with _named(member):
+            check(member.config)
     made = []
     for member in members:
-        config = worlds.provide(member.config, train)
-        place = folder(workdir, member)
-        try:
+        config, place = worlds.provide(member.config, train), folder(workdir, member)
+        with _named(member):
             step = open_workdir(place, config, resume=True)
             made.append(Ready(member, build(config, place, memory), step))
-        except UserError as error:
-            raise UserError(f"member {member.name}: {error}") from error
     return made
+
+
+@contextmanager
+def _named(member: Planned) -> Iterator[None]:
+    """Says whose mistake it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"member {member.name}: {error}") from error
 
 
 def program(one: Ready) -> str:

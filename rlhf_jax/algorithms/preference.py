@@ -119,7 +119,8 @@ class _Losses:
     def tokens(self, stats: Any, hyper: Any, batch: Batch) -> dict[str, Term]:
         """The parts that are of tokens: those of the desirable completions."""
         good = batch["labels"].reshape(*batch["weight"].shape, -1)
-        used = (batch["mask"] * token_weight(batch, good)).reshape(stats.logprobs.shape)
+        trained = batch["mask"] & (batch["positions"] > 0)  # a first token is predicted from nothing
+        used = (trained * token_weight(batch, good)).reshape(stats.logprobs.shape)
         return {part.name: token_term(part, stats, used, hyper, batch) for part in self.by_token}
 
 

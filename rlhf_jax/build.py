@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -268,19 +269,25 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     rows = memory.get(
         ("rows", config.model, config.data, form), lambda: dataset.read(config.data, encoder, form, length)
     )
-    data = dataset.split(rows, config.data, config.seed)
+    which = config.model, config.data, form, config.seed
+    data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, config.seed))
     _check_data(data, model, chosen)
     held_out = _held_out(config, data, chosen.reads)
-    loader = Loader(
-        dataset.unpaired(data.train) if form == "labelled" else data.train, batch_size=config.train.batch_size,
-        seed=config.seed, length=length, buckets=config.data.buckets, weights=config.data.weights,
-        mismatched=chosen.reads.mismatched, pack=config.data.pack,
-    )  # fmt: skip
+    size, mismatched = config.train.batch_size, chosen.reads.mismatched
+    loader = memory.get(("loader", *which, size, mismatched), lambda: _loader(config, data, form, length, mismatched))
     steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
     return Built(
         config, workdir, mesh, model, found, tokenizer, data, held_out, loader, chosen.parts, chosen.reads,
         make_optimizer(steps), hyper, steps,
+    )  # fmt: skip
+
+
+def _loader(config: Config, data: dataset.Dataset, form: str, length: int, mismatched: bool) -> Loader:
+    return Loader(
+        dataset.unpaired(data.train) if form == "labelled" else data.train, batch_size=config.train.batch_size,
+        seed=config.seed, length=length, buckets=config.data.buckets, weights=config.data.weights,
+        mismatched=mismatched, pack=config.data.pack,
     )  # fmt: skip
 
 
@@ -314,8 +321,9 @@ def _check_data(data: dataset.Dataset, model: Model, chosen: objective.Chosen) -
             "check --config.model.tokenizer."
         )
     for part in chosen.parts:
-        says, allowed = objective.LIMITS.get((part.name, "label_smoothing"), ("", lambda _: True))
-        sure = next((e.where for e in examples if not allowed(1 - e.probability)), None)
+        _, allowed = objective.LIMITS.get((part.name, "label_smoothing"), ("", lambda _: True))
+        # As the column of a batch is: a chance of 1 - 1e-9 is 1 there.
+        sure = next((e.where for e in examples if not allowed(1 - np.float32(e.probability))), None)
         if "label_smoothing" in part.by_row and sure is not None:
             raise UserError(
                 f"{sure}: the loss {part.name!r} has no value for a label without doubt, which "

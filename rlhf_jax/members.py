@@ -82,10 +82,11 @@ class Axis:
 
 def _stacked(path: tuple[Any, ...], *arrays: np.ndarray) -> np.ndarray:
     """Stacks arrays of which some are longer than others, the rest filled with padding, which is nobody's row."""
-    nothing = -1 if path[-1].key == "index" else 0
-    largest = [max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True)]
-    ends = lambda x: [(0, most - size) for most, size in zip(largest, x.shape, strict=True)]
-    return np.stack([np.pad(x, ends(x), constant_values=nothing) for x in arrays])
+    largest = tuple(max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True))
+    together = np.full((len(arrays), *largest), -1 if path[-1].key == "index" else 0, arrays[0].dtype)
+    for place, array in zip(together, arrays, strict=True):
+        place[tuple(map(slice, array.shape))] = array
+    return together
 
 
 class Patience:

@@ -5,6 +5,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rlhf_jax import registry
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.parts import COLUMNS, TOKENS, Part
@@ -17,7 +19,7 @@ from rlhf_jax.losses.preference import PER_ROW
 
 # What an argument of one loss may be, beyond what `build.ALLOWED` says of the field.
 LIMITS: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
-    ("exo", "label_smoothing"): ("above 0", lambda x: x > 0),
+    ("exo", "label_smoothing"): ("above 0 and below 1", lambda x: 0 < np.float32(x) < 1),
 }
 ROWS = {"pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label"}
 
@@ -98,7 +100,9 @@ def _reads(config: Config, takes: Mapping[str, type]) -> Reads:
     """What all losses together ask of the data."""
     known = ALGORITHMS[config.algorithm].READS
     asked = {name: known[kind] for name, kind in takes.items() if kind in known}
-    forms = {reads.form: name for name, reads in reversed(asked.items())}
+    forms: dict[str, str] = {}  # with the first loss of each
+    for name, reads in asked.items():
+        forms.setdefault(reads.form, name)
     if not asked:
         raise UserError(
             f"--config.loss.name={config.loss.name} has only losses of single tokens; use --config.algorithm=sft, or "
@@ -127,7 +131,7 @@ def _check_values(config: Config, values: Mapping[str, Mapping[str, Any]]) -> No
                     f"--config.loss.{argument}={value} is not allowed for the loss {name!r}; it must be {says}."
                 )
     alphas = [arguments for arguments in values.values() if "divergence_alpha" in arguments]
-    if config.loss.divergence_alpha is not None and all(a["divergence"] != "alpha" for a in alphas):
+    if config.loss.divergence_alpha is not None and all(a.get("divergence", "alpha") != "alpha" for a in alphas):
         raise UserError(
             f"divergence {alphas[0]['divergence']!r} would ignore divergence_alpha; drop "
             "--config.loss.divergence_alpha or give --config.loss.divergence=alpha."

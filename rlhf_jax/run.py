@@ -227,10 +227,12 @@ class Run:
         config = self.built.config
         local = sharding.local_rows(self.built.mesh, config.train.batch_size)
         last = self.position + self.built.steps  # a batch of rows makes one batch or more
-        loaders = [member.built.loader for member in self.members]
+        each = [member.built.loader for member in self.members]
+        loaders = list(dict.fromkeys(each))  # members of one seed have one
         threads = config.data.threads if len(loaders) == 1 else min(1, config.data.threads)
         for batches in zip(*(one.iterate(self.position, last, threads, local) for one in loaders), strict=True):
-            yield batches[0][0], self._place([rows for _, rows in batches])
+            rows = {loader: rows for loader, (_, rows) in zip(loaders, batches, strict=True)}
+            yield batches[0][0], self._place([rows[loader] for loader in each])
 
     def train(self) -> list[Result]:
         """Runs to the last step; the last figures of each. Whatever ends it, checkpoints under way are finished."""

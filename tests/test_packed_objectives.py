@@ -1,4 +1,4 @@
-"""Packed equals unpacked: every objective on real rows, log-probabilities to 1e-5 and gradients to 1e-4.
+"""Packed equals unpacked: every kind of objective on real rows, log-probabilities to 1e-5 and gradients to 1e-4.
 
 The same examples go through the same model twice: as the loader packs them, and each completion in a row of its
 own. What a neighbour in the row could spoil (attention, positions, the first token, the reduction) would show.
@@ -23,9 +23,10 @@ from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.losses.ranked import Ranked
-from rlhf_jax.losses.supervised import Tokens
-from rlhf_jax.losses.unpaired import Answer
+from rlhf_jax.losses.supervised import SmoothTokens, Tokens
+from rlhf_jax.losses.unpaired import Answer, BareAnswer, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
+from tests.problem import PARTNERS, part
 from tests.problem import SHAPE as SMALL
 from tests.test_step import FAMILIES, every_loss, norm_of
 
@@ -58,16 +59,17 @@ class Problem:
     @functools.cache  # noqa: B019 (lives as long as the module)
     def gradient(self, form: str) -> Any:
         """(params, batch, which) -> value and gradient of one of the losses of a form, in one program; their names."""
+        single = (Tokens, SmoothTokens, Answer, BareAnswer, ShiftedAnswer)
         kept = {"pair": tuple(FAMILIES), "ranking": (Ranked,)}
-        families = {takes: FAMILIES[takes] for takes in kept.get(form, (Tokens, Answer))}
-        objective = every_loss(self.model, families)
+        names = [FAMILIES[takes][0] for takes in kept.get(form, single)]  # packing sees what a loss takes
+        objective = every_loss(self.model, names)
 
         def value(params: Any, batch: Batch, which: Any) -> Any:
             hyper = {"loss": {"which": which, "mix": 0.5, "beta": 0.1}}
             terms, _ = objective(params, None, hyper, batch, jax.random.PRNGKey(0))
             return sum(term.weight * ratio(term.total, term.count) for term in terms.values())
 
-        return jax.jit(jax.value_and_grad(value)), [name for losses in families.values() for name in losses]
+        return jax.jit(jax.value_and_grad(value)), names
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,8 @@ def packed_batch(file: pathlib.Path, reading: str, form: Any, encoder: Encoder) 
     return batch | {
         "ref_logprob": rng.normal(-60, 20, shape).astype(np.float32),
         "baseline": np.full(shape[:2], 0.4, np.float32),
+        "shift": np.full(shape[:2], 0.2, np.float32),
+        **{name: rng.normal(size=shape[:2]).astype(np.float32) for name in PARTNERS},
     }
 
 
@@ -119,7 +123,7 @@ def unpacked(batch: Batch) -> Batch:
     """The batch's examples a row each, the rest padding rows."""
     used = batch["weight"] > 0
     out = spread(batch, np.argwhere(used))
-    for name in {"weight", "labels", "ranks", "ref_logprob", "baseline"} & batch.keys():
+    for name in {"weight", "labels", "ranks", "ref_logprob", "baseline", "shift", *PARTNERS} & batch.keys():
         out[name] = np.zeros((ROWS * MOST, *batch[name].shape[2:]), batch[name].dtype)
         out[name][: used.sum()] = batch[name][used]
     if "mismatched" in batch:
@@ -160,8 +164,9 @@ def test_the_live_baseline_is_the_same(problem, shared):
     file, reading, form = FILES["llama-factory labels"]
     batch = packed_batch(shared / "data" / file, reading, form, problem.encoder)
     surer = jax.tree.map(lambda x: x * 1.5, problem.params)  # and more often wrong: the policy is likelier than it
-    prepare = preference.make_prepare(problem.model, Answer, (problem.model, surer))
-    state = types.SimpleNamespace(params=problem.params, frozen=None)
+    parts, config = [part("kto")], preference.PreferenceConfig()
+    prepare = preference.make_prepare(problem.model, parts, config, (problem.model, surer))
+    state = types.SimpleNamespace(params=problem.params, frozen=None, carry=None, hyper={})
     (packed,), (single,) = (list(prepare(cast(Any, state), rows)) for rows in (batch, unpacked(batch)))
     np.testing.assert_allclose(packed["baseline"][0, 0], single["baseline"][0], rtol=1e-5)
     assert packed["baseline"].shape == (ROWS, MOST) and packed["baseline"][0, 0] > 0

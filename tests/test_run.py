@@ -65,8 +65,8 @@ def lines(file: pathlib.Path) -> list[dict[str, Any]]:
 def rollouts() -> types.SimpleNamespace:
     """Preference learning whose prepare makes three batches of each batch of rows, like a rollout's minibatches."""
 
-    def make_prepare(model: Any, takes: type, reference: Any):
-        inner = preference.make_prepare(model, takes, reference)
+    def make_prepare(*args: Any):
+        inner = preference.make_prepare(*args)
 
         def prepare(state, rows):
             for batch in inner(state, rows):

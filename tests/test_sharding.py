@@ -6,11 +6,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, SCHEDULES, decayed, make_schedule
 from rlhf_jax.algorithms.step import Optimizer, make_state, make_step
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses.preference import Pair, dpo
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape
 from tests import problem
@@ -61,10 +59,11 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 def test_every_optimiser_learns_on_a_mesh_in_one_compile(name):
     mesh = sharding.make_mesh(MeshShape(2, 2, 2))
     optimizer = Optimizer(OPTIMIZERS[name], make_schedule("linear", 20, 0, 0.2))
-    objective = preference.make_objective(problem.make_model(mesh), dpo, Pair, {})
+    objective = problem.objective_of("dpo", problem.make_model(mesh))
     numbers = {"learning_rate": RATES[name], "clip_norm": 1.0, **NUMBERS[name]}
     params = problem.initial()
-    state = make_state(params, {"loss": {"beta": 0.1}, "optimizer": numbers}, optimizer, jax.random.PRNGKey(0))
+    hyper = {**problem.numbers_of("dpo", beta=0.1), "optimizer": numbers}
+    state = make_state(params, hyper, optimizer, jax.random.PRNGKey(0))
     places = sharding.state_shardings(state, mesh)
     state = jax.device_put(state, places)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):

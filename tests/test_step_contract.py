@@ -64,14 +64,14 @@ def test_clipping_scales_the_step_and_reports_the_norm_before_it():
     np.testing.assert_allclose(state.params["w"], 0.5 - 0.1 * 2.0, rtol=1e-6)
 
 
-def test_the_carry_is_a_function_of_itself_the_batch_and_the_metrics():
-    advance = lambda carry, batch, metrics: 0.9 * carry + 0.1 * metrics["x"] + jnp.max(batch["x"])
+def test_the_carry_is_a_function_of_the_new_state_the_batch_and_the_metrics():
+    advance = lambda state, batch, metrics: 0.9 * state.carry + 0.1 * metrics["x"] + state.step * jnp.max(batch["x"])
     step = make_step(objective, OPTIMIZER, advance=advance)
     state = start()
     for _ in range(2):
         state, _ = step(state, rows())
-    once = 0.1 * X.mean() + 8
-    np.testing.assert_allclose(state.carry, 0.9 * once + once, rtol=1e-6)
+    mean = 0.1 * X.mean()
+    np.testing.assert_allclose(state.carry, 0.9 * (mean + 8) + mean + 2 * 8, rtol=1e-6)  # the step after the update
 
 
 def test_hyper_parameters_are_data_so_that_a_sweep_is_one_leading_axis():

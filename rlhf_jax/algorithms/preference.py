@@ -26,7 +26,7 @@ from rlhf_jax.algorithms.step import (
 )
 from rlhf_jax.losses.preference import PREFERENCE, SortedMargins, SortedRatios, partners
 from rlhf_jax.losses.ranked import RANKED
-from rlhf_jax.losses.unpaired import UNPAIRED, ShiftedAnswer
+from rlhf_jax.losses.unpaired import UNPAIRED, Answer, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
@@ -35,7 +35,7 @@ SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
-    """Changes to a preference loss, whichever it is; none of them changes a run in which it isn't set."""
+    """Changes to a preference loss; a loss that can't use one refuses it, and one that isn't set changes nothing."""
 
     length_alpha: Annotated[
         float | None, "LD-DPO: weight of tokens past the length that both completions have, 0 to 1; none: 1"
@@ -49,17 +49,17 @@ class PreferenceConfig:
     sync_mix: Annotated[float | None, "share of the policy in the reference after it moved, above 0; none: 0.6"] = None
 
 
-def _threshold(said: Said, beta: Array) -> Array:
-    """The reward above which a single answer counts as taken for good, [N]."""
-    if "baseline" in said.columns:
+def _threshold(takes: type, said: Said, beta: Array) -> Array:
+    """The reward above which a loss of `takes` counts a single answer as good, [N]."""
+    if takes is Answer:
         return beta * said.columns["baseline"]
-    return said.columns.get("shift", jnp.zeros_like(said.weight))
+    return said.columns["shift"] if takes in SHIFTED else jnp.zeros_like(said.weight)
 
 
-def _comparisons(said: Said, rewards: Array, beta: Array) -> tuple[Array, Array]:
+def _comparisons(said: Said, rewards: Array, threshold: Array) -> tuple[Array, Array]:
     """Margins that should be above 0, and which of them count: [N, 1], or for groups every two, [N, K, K]."""
     if said.labels.shape[1] == 1:
-        return (rewards - _threshold(said, beta)[:, None]) * (2 * said.labels - 1), said.present.astype(jnp.float32)
+        return (rewards - threshold[:, None]) * (2 * said.labels - 1), said.present.astype(jnp.float32)
     better = (said.ranks[:, :, None] < said.ranks[:, None, :]) * said.present[:, :, None] * said.present[:, None, :]
     return rewards[:, :, None] - rewards[:, None, :], better.astype(jnp.float32)
 
@@ -69,13 +69,13 @@ def _right(margin: Array) -> Array:
     return (margin > 0) + 0.5 * (margin == 0)
 
 
-def _metrics(said: Said, rewards: Array, beta: Array) -> dict[str, Mean]:
+def _metrics(said: Said, rewards: Array, threshold: Array) -> dict[str, Mean]:
     """What is plotted of a preference run."""
     weight = said.weight[:, None] * said.present
     good, bad = weight * said.labels, weight * (1 - said.labels)
     mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
     chosen, rejected = mean(rewards, good), mean(rewards, bad)
-    margin, compared = _comparisons(said, rewards, beta)
+    margin, compared = _comparisons(said, rewards, threshold)
     compared *= said.weight.reshape(-1, *(1,) * (compared.ndim - 1))
     return {
         "rewards/chosen": chosen,
@@ -104,7 +104,7 @@ class _Losses:
         return say(stats, batch, alpha), stats
 
     def rows(self, said: Said, stats: Any, hyper: Any, batch: Batch) -> tuple[dict[str, Array], Array, Array]:
-        """The loss of each example by each part that is one of examples, [N]; the first one's rewards and beta."""
+        """The loss of each example by each part that is one of examples, [N]; the first one's rewards and threshold."""
         found = {
             part.name: ASKED[part.takes](
                 lambda columns, part=part: part.loss(columns, **part.numbers(hyper, batch)), said
@@ -112,12 +112,15 @@ class _Losses:
             for part in self.by_row
         }
         factor = 1.0 if self.config.weighting is None else _wpo(said, stats, batch)
-        beta = hyper["loss"][self.by_row[0].name]["beta"]
-        rewards = beta * jax.lax.stop_gradient(found[self.by_row[0].name][1])
-        return {name: loss * factor for name, (loss, _) in found.items()}, rewards, beta
+        first = self.by_row[0]
+        beta = hyper["loss"][first.name]["beta"]
+        rewards = beta * jax.lax.stop_gradient(found[first.name][1])
+        return {name: loss * factor for name, (loss, _) in found.items()}, rewards, _threshold(first.takes, said, beta)
 
     def tokens(self, stats: Any, hyper: Any, batch: Batch) -> dict[str, Term]:
         """The parts that are of tokens: those of the desirable completions."""
+        if not self.by_token:
+            return {}
         good = batch["labels"].reshape(*batch["weight"].shape, -1)
         trained = batch["mask"] & (batch["positions"] > 0)  # a first token is predicted from nothing
         used = (trained * token_weight(batch, good)).reshape(stats.logprobs.shape)
@@ -158,12 +161,12 @@ def make_judge(model: Model, parts: Sequence[Part], config: PreferenceConfig = P
 
     def judge(params, frozen, hyper, batch, key):
         said, stats = losses.say(whole(params, frozen), hyper, batch)
-        rows, rewards, beta = losses.rows(said, stats, hyper, batch)
+        rows, rewards, threshold = losses.rows(said, stats, hyper, batch)
         count = jnp.sum(said.weight)
         sums = {name: jnp.sum(jnp.where(said.weight > 0, loss * said.weight, 0)) for name, loss in rows.items()}
         terms = {name: Term(hyper["weights"][name], total, count) for name, total in sums.items()}
         terms |= losses.tokens(stats, hyper, batch)
-        means = _metrics(said._replace(whole=jax.lax.stop_gradient(said.whole)), rewards, beta)
+        means = _metrics(said._replace(whole=jax.lax.stop_gradient(said.whole)), rewards, threshold)
         if len(parts) > 1:
             means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}
         for column, name in (("baseline", "kl"), ("shift", "shift")):
@@ -172,7 +175,7 @@ def make_judge(model: Model, parts: Sequence[Part], config: PreferenceConfig = P
         if "shift" in said.columns:
             answers = said.weight[:, None] * said.present
             means["rewards/mean"] = Mean(jnp.sum(rewards * answers), jnp.sum(answers))
-        margin, compared = (x.reshape(len(said.weight), -1) for x in _comparisons(said, rewards, beta))
+        margin, compared = (x.reshape(len(said.weight), -1) for x in _comparisons(said, rewards, threshold))
         mean = lambda x: jnp.sum(x * compared, axis=1) / jnp.maximum(jnp.sum(compared, axis=1), 1)
         loss = jnp.asarray(sum(hyper["weights"][name] * loss for name, loss in rows.items()))
         of_rows = {"loss": loss, "margin": mean(margin), "correct": mean(_right(margin))}

@@ -87,7 +87,8 @@ def compare(
 
 def _kl(subject: Subject, baseline: Subject, answers: Answers, temperature: float) -> np.ndarray:
     """For each prompt and answer log policy - log baseline."""
-    # Both are measured alike, so that a model's KL to itself is 0 to the last bit.
+    if subject is baseline:
+        return np.zeros([len(answers.texts), len(answers.texts[0])])
     own, other = (np.asarray(logprobs(by, answers, temperature)) for by in (subject, baseline))
     return own - other
 

@@ -15,13 +15,11 @@ from etils import epath
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.intervals import Estimate, paired
-from rlhf_jax.losses import LOSSES
+from rlhf_jax.losses import LOSSES, SUMS
 
 Key = tuple[Any, ...]
 Column = dict[Key, float]  # a finite number for each row or prompt that has one
 ROWS, PROMPTS = {"margin": "margin", "accuracy": "correct"}, {"score": "scores", "KL, nats": "kl", "tokens": "tokens"}
-# What a margin's unit depends on, besides the loss.
-SCALE = ("name", "beta", "alpha", "divergence", "divergence_alpha")
 
 
 class Run(NamedTuple):
@@ -65,19 +63,31 @@ def read(folder: epath.Path, name: str) -> Run:
     return Run(name, folder, dict(_leaves(config)), _lines(folder / "eval.jsonl"), rows, answers)
 
 
-def loss_of(run: Run) -> dict[str, Any]:
-    """The loss's settings as it ran: what was left at none has the loss's own default."""
-    set_ = {path.removeprefix("loss."): value for path, value in run.config.items() if path.startswith("loss.")}
-    function = LOSSES.get(str(set_.get("name")))
-    takes = inspect.signature(function).parameters.values() if function else ()
-    defaults = {p.name: p.default for p in takes if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return defaults | {name: value for name, value in set_.items() if value is not None}
+def scale_of(run: Run) -> dict[str, Any]:
+    """What the unit of a run's margins depends on, as it ran: what was left at none has its own default.
+
+    They are those of the first loss of a sum: beta times differences of log-ratios to the reference, or of what the
+    loss has in their place, whatever map of them the loss takes after that.
+    """
+    asked = run.config.get
+    name = str(asked("loss.name"))
+    name = next(iter(SUMS[name])) if name in SUMS else name.partition("+")[0]
+    beta, length_alpha, every, mix = (
+        asked(path) for path in ("loss.beta", "preference.length_alpha", "preference.sync_every", "preference.sync_mix")
+    )
+    if beta is None and name in LOSSES:
+        beta = getattr(inspect.signature(LOSSES[name]).parameters.get("beta"), "default", None)
+    return {
+        "loss": name,
+        "beta": beta,
+        "length_alpha": 1.0 if length_alpha is None else length_alpha,
+        "reference": None if every is None else (every, SYNC_MIX if mix is None else mix),  # how it moves
+    }
 
 
 def same_margins(one: Run, other: Run) -> bool:
     """Whether the margins of two runs are in one unit."""
-    ours, theirs = loss_of(one), loss_of(other)
-    return all(ours.get(name) == theirs.get(name) for name in SCALE)
+    return scale_of(one) == scale_of(other)
 
 
 def differences(run: Run, baseline: Run, *, seed: int = 0) -> list[Difference]:

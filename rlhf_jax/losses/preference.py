@@ -204,7 +204,7 @@ def exo(
 
 
 def nca(pair: Pair, *, beta: float = 0.1) -> Array:
-    """-log sig(beta a) - log sig(-beta a) / 2 - log sig(-beta b) / 2, [B]: the chosen one's likelihood doesn't fall.
+    """-log sig(beta a) - log sig(-beta a) / 2 - log sig(-beta b) / 2, [B]: pulls beta a to log 2, and b down.
 
     References: Chen et al. 2024, arXiv:2402.05369.
     """
@@ -245,7 +245,9 @@ def apo_zero(pair: Pair, *, beta: float = 0.1) -> Array:
 
 
 def apo_down(pair: Pair, *, beta: float = 0.1) -> Array:
-    """sig(beta a) + 1 - sig(beta D), [B]: lowers both, the rejected one more, for a model better than its data.
+    """sig(beta a) + 1 - sig(beta D), [B]: lowers the rejected one, and the chosen one where |a| < |D|.
+
+    For a model that is better than its data.
 
     References: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
     """
@@ -274,7 +276,7 @@ def discopop(
 
 
 def dpo_norm(
-    pair: Pair, *, beta: float = 0.1, divergence: Divergence = "reverse_kl", divergence_alpha: float = 0.5
+    pair: Pair, *, beta: float = 5.0, divergence: Divergence = "reverse_kl", divergence_alpha: float = 0.5
 ) -> Array:
     """-log sig(beta (g(a) / |chosen| - g(b) / |rejected|)), [B], lengths in tokens.
 

@@ -32,7 +32,7 @@ WIDE = 5  # runs that stand in columns; more of them stand in rows
 LAST = {"held-out loss": "eval/loss", "margin": "eval/rewards/margins", "accuracy": "eval/rewards/accuracies"}
 MEANING = (
     "In brackets: 95% intervals, of an accuracy after Wilson, of what comes from answers by a bootstrap over prompts. "
-    "Losses of different names, and margins of different losses or betas, are on different scales."
+    "Losses of different names, and margins of different losses, betas or references, are on different scales."
 )
 PAIRED = (
     "Each run less the baseline, row by row over what both have; in brackets 95% bootstrap intervals that resample "
@@ -146,8 +146,8 @@ def missing(runs: Sequence[Run], baseline: Run, found: Sequence[Difference]) -> 
     """A sentence for everything that could not be compared."""
     if without := [run.name for run in runs if run.rows is None]:
         yield (
-            f"No held_out.jsonl, so neither margin nor accuracy is paired: {', '.join(without)}. Runs of sft and of "
-            "older versions have none; train them again, with a loss of preferences, to pair them."
+            f"No held_out.jsonl, so neither margin nor accuracy is paired: {', '.join(without)}. Runs without held-out "
+            "rows and those of older versions have none; train them again, with held-out rows, to pair them."
         )
     if 0 < sum(run.answers is None for run in runs) < len(runs):
         names = ", ".join(run.name for run in runs if run.answers is None)
@@ -156,9 +156,13 @@ def missing(runs: Sequence[Run], baseline: Run, found: Sequence[Difference]) -> 
             "prompts with python -m experiments.evaluate."
         )
     others = [run for run in runs if run is not baseline]
-    scales = [run.name for run in others if run.rows and baseline.rows and not same_margins(run, baseline)]
+    margins = lambda run: run.rows and run.rows["margin"]  # none of sft
+    scales = [run.name for run in others if margins(run) and margins(baseline) and not same_margins(run, baseline)]
     if scales:
-        yield f"Another loss or beta than the baseline's, so margins are not compared: {', '.join(scales)}."
+        yield (
+            "Another loss, beta, preference.length_alpha or way of moving the reference than the baseline's, so "
+            f"margins are not compared: {', '.join(scales)}."
+        )
     paired_figures = {(d.run, d.figure) for d in found}
     for run in others:
         if run.rows and baseline.rows and (run.name, "accuracy") not in paired_figures:

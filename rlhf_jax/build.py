@@ -323,7 +323,7 @@ def _check_data(data: dataset.Dataset, model: Model, chosen: objective.Chosen) -
     for part in chosen.parts:
         _, allowed = objective.LIMITS.get((part.name, "label_smoothing"), ("", lambda _: True))
         # As the column of a batch is: a chance of 1 - 1e-9 is 1 there.
-        sure = next((e.where for e in examples if not allowed(1 - np.float32(e.probability))), None)
+        sure = next((e.where for e in examples if not allowed(float(1 - np.float32(e.probability)))), None)
         if "label_smoothing" in part.by_row and sure is not None:
             raise UserError(
                 f"{sure}: the loss {part.name!r} has no value for a label without doubt, which "

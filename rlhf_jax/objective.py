@@ -10,7 +10,7 @@ import numpy as np
 from rlhf_jax import registry
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.parts import COLUMNS, TOKENS, Part
-from rlhf_jax.algorithms.preference import SORTED
+from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX
 from rlhf_jax.algorithms.step import Reads
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
@@ -19,7 +19,7 @@ from rlhf_jax.losses.preference import PER_ROW
 
 # What an argument of one loss may be, beyond what `build.ALLOWED` says of the field.
 LIMITS: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
-    ("exo", "label_smoothing"): ("above 0 and below 1", lambda x: 0 < np.float32(x) < 1),
+    ("exo", "label_smoothing"): ("above 0 and below 1", lambda x: bool(0 < np.float32(x) < 1)),
 }
 ROWS = {"pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label"}
 
@@ -186,5 +186,5 @@ def _changes(config: Config, takes: Mapping[str, type], reads: Reads) -> dict[st
     if section.length_alpha is not None:
         numbers["length_alpha"] = section.length_alpha
     if section.sync_every is not None:
-        numbers["sync_mix"] = 0.6 if section.sync_mix is None else section.sync_mix
+        numbers["sync_mix"] = SYNC_MIX if section.sync_mix is None else section.sync_mix
     return {"preference": numbers} if numbers else {}

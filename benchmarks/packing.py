@@ -36,7 +36,7 @@ class Side:
     def __init__(self, config: Config, pack: bool, workdir: str):
         data = dataclasses.replace(config.data, pack=pack)
         self.built = build(dataclasses.replace(config, data=data), epath.Path(workdir))
-        self.run = Run(self.built, None)
+        self.run = Run([self.built], None)
         self.feed = self.run._feed()
 
     def round(self, steps: int) -> tuple[int, int, float]:

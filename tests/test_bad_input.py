@@ -96,7 +96,7 @@ COMMAND_LINE: Cases = {
     "config file": (["--config=configs/dpp.py"], ["no config file 'configs/dpp.py'", "is configs/dpo.py"]),
     "config name": (["--config=dpo"], ["no config file 'dpo'", "is configs/dpo.py"]),
     "config of a run": (lambda g: [f"--config={g.model}/config.json"], ["config.json is not a config file, FILE.py"]),
-    "variant": ([f"--config={ROOT}/configs/dpo.py:tiny"], ["no variant 'tiny'", "dpo.py alone"]),
+    "variant": ([f"--config={ROOT}/configs/dpo.py:tinny"], ["no variant 'tinny'", "'tiny' of default, tiny, small"]),
     "flag file": (["--flagfile=nowhere.txt"], ["nowhere.txt"]),
     "empty text": (["--config.cache="], ["--config.cache= is empty"]),
     "threads": (["--config.data.threads=-1"], ["--config.data.threads=-1", "at least 0"]),

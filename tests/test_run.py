@@ -317,7 +317,7 @@ def test_random_weights_need_a_config_alone(place, tmp_path):
 def test_a_step_compiles_once_for_each_bucket(place, tmp_path):
     data = Data(path=(str(place / "pairs.jsonl"),), buckets=(24, 40))
     config = make_config(place, "nll", algorithm="sft", data=data, train=Train(steps=12, batch_size=2))
-    job = run.Run(run.build(config, epath.Path(tmp_path)), None)
+    job = run.Run([run.build(config, epath.Path(tmp_path))], None)
     job.train()
     buckets = job.built.loader.buckets(0, 12)
     assert len(buckets) >= 2 and sum(buckets.values()) == 12

@@ -167,8 +167,8 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(place, tmp_path):
             (group,) = sweep.groups(ready(each, text, tmp_path / folder), 16)
             sweep.train_group(group)
     for member in sweep.expand(text, config):
-        folders = (pathlib.Path(sweep.folder(epath.Path(tmp_path / name), member)) for name in ("whole", "stopped"))
-        assert_same_runs(*folders)
+        whole, stopped = (pathlib.Path(sweep.folder(epath.Path(tmp_path / n), member)) for n in ("whole", "stopped"))
+        assert_same_runs(whole, stopped)
 
 
 def test_members_share_the_rows_and_one_reference_pass(place, tmp_path, capsys):

@@ -288,7 +288,8 @@ def test_wpo_is_trls() -> None:
 def test_kto_is_trls(lift: float, weights: tuple[float, float]) -> None:
     """Its k is the mean over mismatched answers, or 0 where that is below 0."""
     data = draw(WIDE, seed=5, lift=lift)
-    label, mismatched = np.random.default_rng(6).random(2 * ROWS) < 0.3, np.random.default_rng(7).permutation(ROWS)
+    label: Any = np.random.default_rng(6).random(2 * ROWS) < 0.3
+    mismatched = np.random.default_rng(7).permutation(ROWS)
     asked = {"beta": 0.2, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
     logprob, ref = data.logprobs.sum(axis=1), data.ref.sum(axis=1)
     k = max(0.0, float((logprob - ref)[mismatched].mean()))
@@ -307,7 +308,8 @@ def completions(mean: bool) -> np.ndarray:
     return np.minimum(np.round(values / GRID), -1).reshape(2, ROWS) * GRID
 
 
-ONE, ZERO = np.ones(ROWS), np.zeros(ROWS)
+ONE: Any = np.ones(ROWS)
+ZERO: Any = np.zeros(ROWS)
 _bare = lambda x: P.Pair(x[0], x[1], ZERO, ZERO, ONE, ONE)
 _cpo = lambda x, **options: P.cpo(P.PolicyPair(x[0], x[1], ONE, ONE), alpha=0.0, **options)
 _means = lambda loss: lambda x, **options: loss(P.MeanPair(x[0], x[1]), **options)

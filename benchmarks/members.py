@@ -1,6 +1,6 @@
 """What a step costs a member of a sweep, and a run alone: python -m benchmarks.members.
 
-On configs/dpo.py:tiny, four betas by three seeds. Each side takes turns, so that a drift of the machine meets all alike.
+On configs/dpo.py:tiny, four betas by three seeds. The sides take turns, so that a drift of the machine meets them all.
 """
 
 import statistics

@@ -10,13 +10,11 @@ Shared conventions:
 - IPO and sigmoid_norm divide by completion tokens what the map of the divergence gives, which is 0 at a ratio of 1.
 - KTO's k is a mean over mismatched answers, at least 0, without a gradient. WPO's weights have none either.
 Where the conventions differ, with a test each but for the likelihood of CPO:
-- TRL's sigmoid ignores label_smoothing, ours is conservative DPO; its SimPO and AlphaPO take it, ours don't.
-- Ours alone: the margins of dpo and hinge, and IPO's sum over tokens.
+- TRL's sigmoid ignores label_smoothing; its SimPO and AlphaPO take it. Ours alone: margins, and IPO's sum form.
 - TRL's exp of forward_kl has no bound, that of alpha is cut at 80 with a gradient of 0 from there; ours is linear from
   36 on. TRL's DiscoPOP is infinity times 0 where beta D is far below 0; ours is DPO there.
 - TRL's AOT sorts a device's rows, ours the global batch's; of one batch only the rows of aot_unpaired differ.
-- TRL's WPO of hinge cannot be differentiated: it weights in place what relu's gradient reads.
-- TRL's CPO and ORPO add the likelihood of the batch's tokens outside of these functions, ours each row's own inside.
+- TRL's WPO of hinge cannot be differentiated. Its CPO and ORPO add the batch's likelihood outside of these functions.
 """
 
 # pyright: reportMissingImports=false

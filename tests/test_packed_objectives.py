@@ -22,9 +22,10 @@ from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.losses.preference import MeanPair, Pair, PolicyPair, SortedRatios
 from rlhf_jax.losses.ranked import Ranked
 from rlhf_jax.losses.supervised import SmoothTokens, Tokens
-from rlhf_jax.losses.unpaired import Answer, BareAnswer, ShiftedAnswer
+from rlhf_jax.losses.unpaired import Answer, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
 from tests.problem import PARTNERS, part
 from tests.problem import SHAPE as SMALL
@@ -59,8 +60,8 @@ class Problem:
     @functools.cache  # noqa: B019 (lives as long as the module)
     def gradient(self, form: str) -> Any:
         """(params, batch, which) -> value and gradient of one of the losses of a form, in one program; their names."""
-        single = (Tokens, SmoothTokens, Answer, BareAnswer, ShiftedAnswer)
-        kept = {"pair": tuple(FAMILIES), "ranking": (Ranked,)}
+        single = (Tokens, SmoothTokens, Answer, ShiftedAnswer)
+        kept = {"pair": (Pair, SortedRatios, PolicyPair, MeanPair, Tokens), "ranking": (Ranked,)}
         names = [FAMILIES[takes][0] for takes in kept.get(form, single)]  # packing sees what a loss takes
         objective = every_loss(self.model, names)
 

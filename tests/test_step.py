@@ -3,7 +3,7 @@
 With a term of another denominator mixed in, on rows of very uneven length with padding rows among them: loss and
 gradient norm of each of five steps to 1e-5 relative under AdamW, parameters to 1e-5 of their norm under plain
 descent, at rates at which the loss visibly changes. A mesh sees what a loss takes and not which it is: a few losses
-run on every mesh in every number of pieces, one of each kind on each mesh once, and all of them on one.
+run on every mesh in every number of pieces, one of each kind on two of them, and all of them on two devices.
 """
 
 import inspect
@@ -28,7 +28,7 @@ for loss in LOSSES:
     FAMILIES.setdefault(problem.part(loss).takes, []).append(loss)
 ALL = tuple(LOSSES)
 FIRST = tuple(names[0] for names in FAMILIES.values())
-FEW = ("nll", "dpo", "kto")
+FEW = ("nll", "dpo")
 STEPS = 5
 # Rates at which the loss of each moves by a per cent and more, under AdamW and under plain descent.
 ADAM, PLAIN = 1e-3, dict.fromkeys(LOSSES, 0.3) | {"dft": 3.0, "ipo": 2e-2, "hinge": 0.2, "kto": 1.0, "simpo": 3.0}
@@ -105,11 +105,11 @@ def test_the_losses_visibly_change(plainest):
         assert np.ptp(seen[:, 0]) > 0.01 * abs(seen[0, 0]), (name, plain, seen)
 
 
-ONCE = {(8, 1, 1): 1, (1, 8, 1): 2, (2, 2, 2): 4, (1, 2, 4): 1}  # in how many pieces a mesh sees each kind
+ONCE = {(2, 2, 2): 4, (1, 2, 4): 1}  # in how many pieces a mesh sees each kind
 CASES = [(shape, parts, FIRST if ONCE.get(shape) == parts else FEW) for shape in MESHES for parts in (1, 2, 4)][
     1:
 ]  # the first is the yardstick itself
-CASES.append(((2, 2, 2), 2, ALL))
+CASES.append(((1, 2, 1), 2, ALL))
 IDS = {ALL: "all", FIRST: "kinds", FEW: "few"}
 
 

@@ -32,7 +32,7 @@ from rlhf_jax.evaluate.intervals import paired
 from rlhf_jax.evaluate.scorers import SCORERS, Scorer, plain
 from rlhf_jax.report import sweep as report
 from rlhf_jax.sampling.distribution import Sampling, check
-from rlhf_jax.workdir import check_writable, evaluations, open_policy
+from rlhf_jax.workdir import check_writable, evaluations
 
 START = "start"  # what the model is called that all members start from
 MOST_LOSSES = 64  # points of a member's loss that its line of the table shows
@@ -98,8 +98,8 @@ class Judged:
     def members(self, group: Sequence[sweep.Ready]) -> dict[str, Result]:
         """What each member of a group is worth against the start, by name."""
         built = group[0].built
-        start = _subject(START, str(built.config.model.path))
-        subjects = [_subject(one.member.name, os.fspath(one.built.workdir)) for one in group]
+        start = worlds.open_subject(START, str(built.config.model.path))
+        subjects = [worlds.open_subject(one.member.name, os.fspath(one.built.workdir)) for one in group]
         results = self.compare([start, *subjects], self.program.samples, 0)[1:]
         for one, result in zip(group, results, strict=True):
             _write(one.built.workdir / "answers.jsonl", self._answers(result))
@@ -119,17 +119,12 @@ class Judged:
             return
         lines = []
         for seed in seeds:
-            (drawn,) = self.compare([_subject(START, model)], max(self.program.best_of), seed)
+            (drawn,) = self.compare([worlds.open_subject(START, model)], max(self.program.best_of), seed)
             for n in self.program.best_of:
                 score = paired({"score": best_of.best_of(drawn.scores, n)})["score"]
                 name = f"best of n by {self.program.scorer or 'gold'}"
                 lines.append({"n": n, "seed": seed, "score": score._asdict(), "kl": best_of.kl(n), "name": name})
         _write(self.workdir / "best_of.jsonl", lines)
-
-
-def _subject(name: str, path: str) -> Subject:
-    policy = open_policy(path)
-    return Subject(name, policy.model, policy.params, policy.tokenizer, policy.end_ids)
 
 
 def _write(file: epath.Path, lines: Sequence[dict[str, Any]]) -> None:

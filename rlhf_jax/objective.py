@@ -10,18 +10,20 @@ import numpy as np
 from rlhf_jax import registry
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.parts import COLUMNS, TOKENS, Part
-from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX
+from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX, PreferenceConfig
+from rlhf_jax.algorithms.reward import RewardConfig
 from rlhf_jax.algorithms.step import Reads
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import LOSSES, SUMS
-from rlhf_jax.losses.preference import PER_ROW
+from rlhf_jax.losses.reward import ScoreGroup
+from rlhf_jax.registry import PER_ROW
 
 # What an argument of one loss may be, beyond what `build.ALLOWED` says of the field.
 LIMITS: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
     ("exo", "label_smoothing"): ("above 0 and below 1", lambda x: bool(0 < np.float32(x) < 1)),
 }
-ROWS = {"pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label"}
+ROWS = {"pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label", "stepwise": "steps"}
 
 
 class Chosen(NamedTuple):
@@ -40,12 +42,12 @@ def choose(config: Config) -> Chosen:
     reads = _reads(config, takes)
     values = registry.arguments_of("loss", losses, config.loss)
     _check_values(config, values)
-    by_row = _by_row(config, losses)
+    by_row = _by_row(config, losses, reads.form)
     parts, numbers = [], {}
     for name, loss in losses.items():
         numbers[name] = {n: v for n, v in values[name].items() if _is_number(v) and n not in by_row[name]}
         options = {n: v for n, v in values[name].items() if not _is_number(v)}
-        if takes[name] not in TOKENS and "beta" not in numbers[name]:
+        if config.algorithm == "preference" and takes[name] not in TOKENS and "beta" not in numbers[name]:
             raise UserError(f"the preference loss {name!r} must take beta: the rewards are scaled by it.")
         parts.append(Part(name, loss, takes[name], options, by_row[name]))
     changes = _changes(config, takes, reads)
@@ -85,7 +87,7 @@ def _takes(config: Config, name: str, loss: Callable[..., Any], names: Mapping[s
     algorithm = ALGORITHMS[config.algorithm]
     first = next(iter(inspect.signature(loss).parameters), "")
     columns = typing.get_type_hints(loss).get(first)
-    if columns in algorithm.READS or (columns in TOKENS and len(names) > 1):
+    if columns in algorithm.READS or (columns in algorithm.BESIDE and len(names) > 1):
         return typing.cast(type, columns)
     home = [other for other, module in ALGORITHMS.items() if columns in module.READS]
     wanted = " or ".join(f"{taken.__module__}.{taken.__name__}" for taken in algorithm.READS)
@@ -112,6 +114,11 @@ def _reads(config: Config, takes: Mapping[str, type]) -> Reads:
         told = " and ".join(f"{name} takes {ROWS.get(form, form)}" for form, name in forms.items())
         raise UserError(f"--config.loss.name={config.loss.name}: {told}; add up losses of the same rows.")
     form = next(iter(forms))
+    if form == "ranking" and config.data.ties and not any(kind is ScoreGroup for kind in takes.values()):
+        raise UserError(
+            f"loss {config.loss.name!r} would ignore --config.data.ties: it compares no answers of equal rank; drop it "
+            "or use --config.algorithm=reward --config.loss.name=all_pairs."
+        )
     if form == "ranking" and len(takes) > len(asked):
         raise UserError(
             f"--config.loss.name={config.loss.name}: a loss of single tokens is that of chosen answers, and a ranking "
@@ -138,11 +145,14 @@ def _check_values(config: Config, values: Mapping[str, Mapping[str, Any]]) -> No
         )
 
 
-def _by_row(config: Config, losses: Mapping[str, Callable[..., Any]]) -> dict[str, tuple[str, ...]]:
+def _by_row(config: Config, losses: Mapping[str, Callable[..., Any]], form: str) -> dict[str, tuple[str, ...]]:
     """For each loss, which of its arguments columns of the data give."""
-    asked = [argument for argument, column in COLUMNS.items() if getattr(config.data, column) is not None]
-    for argument in asked:
-        flag = f"--config.data.{COLUMNS[argument]}"
+    asked = {argument: column for argument, column in COLUMNS.items() if getattr(config.data, column) is not None}
+    if form == "pair":  # these make soft labels of what rows say
+        asked |= {"label_smoothing": "merge"} if config.data.merge else {}
+        asked |= {"label_smoothing": "ties"} if config.data.ties else {}
+    for argument, source in asked.items():
+        flag = f"--config.data.{source}"
         if not any(_takes_rows(loss, argument) for loss in losses.values()):
             able = ", ".join(name for name, loss in LOSSES.items() if _takes_rows(loss, argument))
             raise UserError(
@@ -163,9 +173,16 @@ def _changes(config: Config, takes: Mapping[str, type], reads: Reads) -> dict[st
     """The numbers of `config.preference`, whose fields must all be of use."""
     section, known = config.preference, ALGORITHMS[config.algorithm].READS
     kinds = {name: kind for name, kind in takes.items() if kind in known and kind not in TOKENS}
-    set_fields = [name for name, value in vars(section).items() if value is not None]
-    if set_fields and config.algorithm != "preference":
-        raise UserError(f"algorithm {config.algorithm!r} would ignore --config.preference.{set_fields[0]}; drop it.")
+    for name, default in (("preference", PreferenceConfig()), ("reward", RewardConfig())):
+        given = vars(getattr(config, name))
+        changed = [field for field, value in vars(default).items() if given[field] != value]
+        if changed and config.algorithm != name:
+            raise UserError(f"algorithm {config.algorithm!r} would ignore --config.{name}.{changed[0]}; drop it.")
+    if config.reward.demonstrations and reads.form not in ("pair", "ranking"):
+        raise UserError(
+            f"--config.reward.demonstrations moves scores, and those of the loss {config.loss.name!r} are the log-odds "
+            "of being right; drop it."
+        )
 
     def refuse(field: str, why: str) -> None:
         raise UserError(

@@ -11,6 +11,8 @@ from rlhf_jax.fields import bare as bare_type
 from rlhf_jax.fields import kind, nearest, text
 
 T = TypeVar("T")
+PER_ROW = "or a number a row, from a column of the data"  # float32 [B] in the place of the number
+PerRow = Annotated[float, PER_ROW]  # of an argument of an entry
 
 
 def _keywords(function: Callable, eval_str: bool = False) -> dict[str, inspect.Parameter]:

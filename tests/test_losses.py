@@ -1,7 +1,6 @@
 """Every loss against an independent float64 oracle, its gradient by finite differences of it, and sorted pairs."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.losses.preference import (
-    PER_ROW,
     PREFERENCE,
     MeanPair,
     Pair,
@@ -25,173 +23,47 @@ from rlhf_jax.losses.preference import (
     partners,
 )  # fmt: skip
 from rlhf_jax.losses.ranked import RANKED, Ranked
+from rlhf_jax.losses.reward import REWARD, ScoredAnswer, ScoredSteps, ScoreGroup, ScorePair
 from rlhf_jax.losses.supervised import SUPERVISED, SmoothTokens, Tokens
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer, BareAnswer, ShiftedAnswer
+from rlhf_jax.registry import PER_ROW
+from tests.oracles import (
+    Oracle,
+    all_pairs64,
+    alphapo64,
+    aot64,
+    aot_unpaired64,
+    apo_down64,
+    apo_zero64,
+    bco64,
+    bco_pair64,
+    bradley_terry64,
+    cpo64,
+    dft64,
+    discopop64,
+    dpo64,
+    dpo_norm64,
+    dpo_pl64,
+    exo64,
+    hinge64,
+    ipo64,
+    kto64,
+    logistic64,
+    nca64,
+    nll64,
+    orpo64,
+    outcome64,
+    plackett_luce64,
+    process64,
+    robust64,
+    simpo64,
+    smooth_nll64,
+    sppo64,
+)
 
 
 def f32(*columns: Any) -> list[jax.Array]:
     return [jnp.asarray(column, jnp.float32) for column in columns]
-
-
-def log_sigmoid(x: np.ndarray) -> np.ndarray:
-    return -np.logaddexp(0.0, -x)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(log_sigmoid(x))
-
-
-# ---- oracles that share no code, float64; p is the list of columns
-
-Oracle = Callable[..., np.ndarray]
-
-
-def logistic64(x: np.ndarray, e: float) -> np.ndarray:
-    return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
-
-
-def mapped64(u: np.ndarray, divergence: str = "reverse_kl", divergence_alpha: float = 0.5) -> np.ndarray:
-    """f'(t) at t = exp(u), from each divergence's f, less what it is at 1."""
-    t = np.exp(u)
-    return {
-        "reverse_kl": lambda: u,
-        "forward_kl": lambda: 1 - 1 / t,
-        "js": lambda: np.log(2 * t / (1 + t)),
-        "alpha": lambda: (t ** (divergence_alpha - 1) - 1) / (divergence_alpha - 1),
-    }[divergence]()
-
-
-def ratios64(p: list[np.ndarray], **how: Any) -> tuple[np.ndarray, np.ndarray]:
-    return mapped64(p[0] - p[2], **how), mapped64(p[1] - p[3], **how)
-
-
-def margin64(p: list[np.ndarray], **how: Any) -> np.ndarray:
-    return np.subtract(*ratios64(p, **how))
-
-
-def dpo64(p, beta, label_smoothing, margin, **how):
-    return logistic64(beta * margin64(p, **how) - margin, label_smoothing)
-
-
-def robust64(p, beta, label_smoothing, **how):
-    x, e = beta * margin64(p, **how), label_smoothing
-    return (-(1 - e) * log_sigmoid(x) + e * log_sigmoid(-x)) / (1 - 2 * e)
-
-
-def ipo64(p, beta, length_normalised, **how):
-    a, b = ratios64(p, **how)
-    lengths = (p[4], p[5]) if length_normalised else (1, 1)
-    return (a / lengths[0] - b / lengths[1] - 0.5 / beta) ** 2
-
-
-def hinge64(p, beta, margin, **how):
-    return np.maximum(0, margin - beta * margin64(p, **how))
-
-
-def exo64(p, beta, label_smoothing, **how):
-    """The Kullback-Leibler divergence of two distributions over two answers, as a sum over both."""
-    x = beta * margin64(p, **how)
-    q = np.stack([np.exp(x), np.ones_like(x)]) / (1 + np.exp(x))
-    label = np.stack([np.full_like(x, 1 - label_smoothing), np.full_like(x, label_smoothing)])
-    return np.sum(q * np.log(q / label), axis=0)
-
-
-def nca64(p, beta):
-    a, b = ratios64(p)
-    return -log_sigmoid(beta * a) - 0.5 * log_sigmoid(-beta * a) - 0.5 * log_sigmoid(-beta * b)
-
-
-def bco_pair64(p, beta):
-    a, b = ratios64(p)
-    return -log_sigmoid(beta * a) - log_sigmoid(-beta * b)
-
-
-def sppo64(p, beta):
-    a, b = ratios64(p)
-    return (a - 0.5 / beta) ** 2 + (b + 0.5 / beta) ** 2
-
-
-def apo_zero64(p, beta):
-    a, b = ratios64(p)
-    return 1 - sigmoid(beta * a) + sigmoid(beta * b)
-
-
-def apo_down64(p, beta):
-    a, b = ratios64(p)
-    return sigmoid(beta * a) + 1 - sigmoid(beta * (a - b))
-
-
-def discopop64(p, beta, tau, **how):
-    x = beta * margin64(p, **how)
-    m = sigmoid(x / tau)
-    return (1 - m) * -log_sigmoid(x) + m * np.exp(-x)
-
-
-def dpo_norm64(p, beta, **how):
-    a, b = ratios64(p, **how)
-    return -log_sigmoid(beta * (a / p[4] - b / p[5]))
-
-
-def aot64(p, beta, label_smoothing):
-    return logistic64(beta * (p[0] - p[1]), label_smoothing)
-
-
-def aot_unpaired64(p, beta, label_smoothing):
-    above, below = (logistic64(beta * x, label_smoothing) for x in (p[0] - p[2], p[3] - p[1]))
-    return (above + below) / 2
-
-
-def log_odds64(mean: np.ndarray) -> np.ndarray:
-    return mean - np.log(-np.expm1(mean))
-
-
-def orpo64(p, beta):
-    return -p[0] - beta * log_sigmoid(log_odds64(p[0]) - log_odds64(p[1]))
-
-
-def simpo64(p, beta, margin):
-    return -log_sigmoid(beta * (p[0] - p[1]) - margin)
-
-
-def alphapo64(p, beta, margin, alpha):
-    chosen, rejected = ((1 - np.exp(mean) ** -alpha) / alpha for mean in p)
-    return -log_sigmoid(beta * (chosen - rejected) - margin)
-
-
-def cpo64(p, beta, alpha, label_smoothing):
-    return logistic64(beta * (p[0] - p[1]), label_smoothing) - alpha * p[0] / p[2]
-
-
-def dpo_pl64(p, beta):
-    """Stage by stage, from the best down, over the completions that are there."""
-    out = []
-    for logprob, ref, rank, present in zip(*p, strict=True):
-        reward = {i: beta * (logprob[i] - ref[i]) for i in np.flatnonzero(present)}
-        worse = {i: [r for j, r in reward.items() if rank[j] > rank[i]] for i in reward}
-        out.append(sum(np.log(np.exp(reward[i]) + np.sum(np.exp(worse[i]))) - reward[i] for i in reward))
-    return np.asarray(out)
-
-
-def kto64(p, beta, desirable_weight, undesirable_weight):
-    x = beta * (p[0] - p[1] - (p[3] if len(p) > 3 else 0))
-    return np.where(p[2], desirable_weight / (1 + np.exp(x)), undesirable_weight / (1 + np.exp(-x)))
-
-
-def bco64(p, beta):
-    x = beta * (p[0] - p[1]) - p[3]
-    return np.where(p[2], np.log1p(np.exp(-x)), np.log1p(np.exp(x)))
-
-
-def nll64(p, z_loss):
-    return -p[0] + z_loss * p[1] ** 2
-
-
-def dft64(p):
-    return -np.exp(p[0]) * p[0]
-
-
-def smooth_nll64(p, label_smoothing):
-    return -(1 - label_smoothing) * p[0] - label_smoothing * p[1]
 
 
 # ---- cases
@@ -212,6 +84,7 @@ BARE = [*nats(-60, -5, 2, 8), RNG.random(8) < 0.5]
 MEANS = [np.append(nats(-6, -0.05, 6), [-1 / 64, -30.0]), nats(-6, -0.05, 8)]
 RANKS = np.array([[0, 1, 2, 3], [2, 0, 0, 1], [1, 1, 0, 9], [0, 1, 9, 9]], float)
 GROUP = [*nats(-60, -5, 2, 4, 4), RANKS, RANKS < 9]
+SCORES = [nats(-4, 4, 4, 4), RNG.random((4, 4, 4)), RANKS, RANKS < 9]
 TOKENS = [nats(-5, -0.1, 2, 4), nats(1, 9, 2, 4)]
 
 
@@ -248,6 +121,11 @@ CASES: dict[str, Case] = {
     "kto": Case(Answer, [*BARE, nats(0, 3, 8)], kto64, BETA | WEIGHTS),
     "kto_zero": Case(BareAnswer, BARE, kto64, BETA | WEIGHTS),
     "bco": Case(ShiftedAnswer, [*BARE, nats(-2, 2, 8)], bco64, BETA),
+    "bradley_terry": Case(ScorePair, RATIOS[:2], bradley_terry64, SMOOTH | {"margin": 0.5, "centre": 0.1}),
+    "all_pairs": Case(ScoreGroup, SCORES, all_pairs64, {"centre": 0.1}),
+    "plackett_luce": Case(ScoreGroup, SCORES, plackett_luce64, {}),
+    "outcome": Case(ScoredAnswer, [RATIOS[0], RNG.random(8) < 0.5], outcome64, {}),
+    "process": Case(ScoredSteps, [nats(-4, 4, 4, 4), RNG.choice([0, 0.5, 1], (4, 4))], process64, {"neutral": 0.8}),
     "nll": Case(Tokens, TOKENS, nll64, {"z_loss": 0.1}),
     "dft": Case(Tokens, TOKENS, dft64, {}),
     "smooth_nll": Case(SmoothTokens, [TOKENS[0], TOKENS[0] - TOKENS[1]], smooth_nll64, SMOOTH),
@@ -266,7 +144,7 @@ DIFFERENTIATED: dict[str, Oracle] = {
     "dft": lambda p: -np.exp(TOKENS[0]) * p[0],
     "aot_unpaired": lambda p, **numbers: 2 * aot_unpaired64(p, **numbers),
 }
-POLICYS_OWN = {"chosen", "rejected", "margin", "logprob", "logprobs", "logsumexp", "mean_logprobs"}
+POLICYS_OWN = {"chosen", "rejected", "margin", "logprob", "logprobs", "logsumexp", "mean_logprobs", "score"}
 FIXED = {"partner", "chosen_partner", "rejected_partner", "baseline", "shift"}
 
 
@@ -282,7 +160,7 @@ def derivative(oracle: Oracle, inputs: list[np.ndarray], place: int, way: np.nda
 
 
 def test_every_loss_has_an_oracle():
-    assert {name.split()[0] for name in CASES} == set(LOSSES) == {*SUPERVISED, *PREFERENCE, *RANKED, *UNPAIRED}
+    assert {name.split()[0] for name in CASES} == set(LOSSES) == {*SUPERVISED, *PREFERENCE, *RANKED, *UNPAIRED, *REWARD}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -307,7 +185,7 @@ def test_the_gradient_is_the_oracles(name):
             continue
         place = case.columns._fields.index(field)
         # A loss of a row of several completions is moved one column at a time.
-        count = slope.shape[1] if case.columns is Ranked else 0
+        count = slope.shape[1] if case.columns in (Ranked, ScoreGroup) else 0
         ways = np.eye(count) if count else [np.ones(slope.shape)]
         parts = [derivative(oracle, case.inputs, place, way, **case.numbers) for way in ways]
         expected = np.stack(parts, axis=1) if count else parts[0]

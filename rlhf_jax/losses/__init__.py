@@ -1,4 +1,4 @@
-"""What is minimised: per-row losses as pure functions of log-probabilities.
+"""What is minimised: per-row losses as pure functions of log-probabilities or of scores.
 
 A new loss is one function and one line in the dict at the end of its file. Its keyword-only arguments are
 its hyper-parameters: they become flags by themselves.
@@ -6,10 +6,11 @@ its hyper-parameters: they become flags by themselves.
 
 from rlhf_jax.losses.preference import PREFERENCE
 from rlhf_jax.losses.ranked import RANKED
+from rlhf_jax.losses.reward import REWARD
 from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.losses.unpaired import UNPAIRED
 
-LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED}
+LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED, **REWARD}
 
 # Weighted sums of losses, each averaged over what it is a loss of: rows of pairs, and for nll the tokens of the
 # chosen completions.

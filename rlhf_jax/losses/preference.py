@@ -5,17 +5,16 @@ completion is beta times its log-ratio. Where a loss takes a divergence, D_g = g
 `ops.divergences`, which is u -> u for the reverse KL.
 """
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.ops.choices import logistic
 from rlhf_jax.ops.divergences import Divergence, box_cox, log_ratio_map
-
-PER_ROW = "or a number a row, from a column of the data"  # float32 [B] in the place of the number
-PerRow = Annotated[float, PER_ROW]
+from rlhf_jax.registry import PerRow
 
 
 class Pair(NamedTuple):
@@ -101,11 +100,6 @@ def _margin(pair: Pair, divergence: Divergence, alpha: float) -> Array:
     return a - b
 
 
-def _logistic(x: Array, flipped: float) -> Array:
-    """-(1 - e) log sig(x) - e log sig(-x), e the chance that the label is flipped."""
-    return -(1 - flipped) * jax.nn.log_sigmoid(x) - flipped * jax.nn.log_sigmoid(-x)
-
-
 def dpo(
     pair: Pair,
     *,
@@ -126,7 +120,7 @@ def dpo(
     [0.6931472]
     """
     chex.assert_rank(list(pair), 1)
-    return _logistic(beta * _margin(pair, divergence, divergence_alpha) - margin, label_smoothing)
+    return logistic(beta * _margin(pair, divergence, divergence_alpha) - margin, label_smoothing)
 
 
 def robust(
@@ -294,7 +288,7 @@ def aot(pair: SortedMargins, *, beta: float = 0.1, label_smoothing: float = 0.0)
     References: Melnyk et al. 2024, arXiv:2406.05882 (paired).
     """
     chex.assert_rank(list(pair), 1)
-    return _logistic(beta * (pair.margin - jax.lax.stop_gradient(pair.partner)), label_smoothing)
+    return logistic(beta * (pair.margin - jax.lax.stop_gradient(pair.partner)), label_smoothing)
 
 
 def aot_unpaired(pair: SortedRatios, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Array:
@@ -306,8 +300,8 @@ def aot_unpaired(pair: SortedRatios, *, beta: float = 0.1, label_smoothing: floa
     """
     chex.assert_rank(list(pair), 1)
     b_of_rank, a_of_rank = jax.lax.stop_gradient((pair.chosen_partner, pair.rejected_partner))
-    above = _logistic(beta * (pair.chosen - b_of_rank), label_smoothing)
-    both = above + _logistic(beta * (a_of_rank - pair.rejected), label_smoothing)
+    above = logistic(beta * (pair.chosen - b_of_rank), label_smoothing)
+    both = above + logistic(beta * (a_of_rank - pair.rejected), label_smoothing)
     return both - jax.lax.stop_gradient(both) / 2
 
 
@@ -360,7 +354,7 @@ def cpo(pair: PolicyPair, *, beta: float = 0.1, alpha: float = 1.0, label_smooth
     References: Xu et al. 2024, arXiv:2401.08417, Eq. 3 to 5.
     """
     chex.assert_rank(list(pair), 1)
-    prefers = _logistic(beta * (pair.chosen - pair.rejected), label_smoothing)
+    prefers = logistic(beta * (pair.chosen - pair.rejected), label_smoothing)
     return prefers - alpha * pair.chosen / pair.chosen_len
 
 

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import chex
-import jax
-import jax.numpy as jnp
 from jax import Array
+
+from rlhf_jax.ops.choices import plackett_luce_nll
 
 
 class Ranked(NamedTuple):
@@ -29,13 +29,7 @@ def dpo_pl(group: Ranked, *, beta: float = 0.1) -> Array:
     [1.7917595]
     """
     chex.assert_rank(list(group), 2)
-    reward = beta * jnp.where(group.present, group.logprob - group.ref_logprob, 0)
-    worse = group.rank[:, :, None] < group.rank[:, None, :]
-    against = (worse | jnp.eye(reward.shape[1], dtype=bool)[None]) & group.present[:, None, :]
-    # A row of absent completions would be a logsumexp of nothing: its own entry stands for it, which gives 0.
-    against |= jnp.eye(reward.shape[1], dtype=bool)[None]
-    stage = jax.nn.logsumexp(jnp.where(against, reward[:, None, :], -jnp.inf), axis=-1) - reward
-    return jnp.sum(jnp.where(group.present, stage, 0), axis=1)
+    return plackett_luce_nll(beta * (group.logprob - group.ref_logprob), group.rank, group.present)
 
 
 RANKED = {"dpo_pl": dpo_pl}

@@ -1,6 +1,7 @@
 """Every row that is read is used, or counted and named."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -214,6 +215,26 @@ def test_the_fingerprint_follows_the_tokens(tmp_path, encoder):
     rows[3]["rejected"] = " maybe"
     write(tmp_path / "rows.jsonl", rows)
     assert load(config, encoder, "pair", 64, 0).fingerprint != first
+
+
+@pytest.mark.parametrize(("form", "file"), [
+    ("pair", "hh-harmless-base/valid.jsonl"),
+    ("ranking", "dsp-domain-preference/valid.jsonl"),
+    ("demonstration", "alpaca-en-demo/valid.jsonl"),
+])  # fmt: skip
+def test_the_fingerprint_of_what_older_runs_read_stays(shared, encoder, form: Form, file):
+    """A run of before there were steps and shares of labels resumes: its checkpoint names these bytes."""
+    data = load(Data(path=(str(shared / "data" / file),)), encoder, form, 256, 0)
+    digest = hashlib.blake2b(encoder.fingerprint.encode(), digest_size=16)
+    for part in (data.train, data.evaluation):
+        digest.update(b"part%d" % len(part))
+        for example in part:
+            digest.update(np.asarray([example.index, example.source, *example.labels], np.int64).tobytes())
+            numbers = (*example.ranks, example.probability, example.margin)
+            digest.update(np.asarray(numbers, np.float64).tobytes())
+            for tokens in example.completions:
+                digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
+    assert data.fingerprint == digest.hexdigest()
 
 
 def test_chat_rows_of_three_real_files(shared):

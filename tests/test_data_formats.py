@@ -54,10 +54,11 @@ EXAMPLES = [
         Stepwise("q", ("a", "b"), (True, False)),
     ),
     (
-        "ranking",
-        {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 0]},
-        Ranking("q", ("a", "b"), (1, 0)),
+        "rated_steps",
+        {"prompt": "q", "completions": ["a", "b", "c"], "ratings": [-1, 0, 1.0]},
+        Stepwise("q", ("a", "b", "c"), (0.0, 0.5, 1.0)),
     ),
+    ("ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 0]}, Ranking("q", ("a", "b"), (1, 0))),
     ("alpaca", {"instruction": "q", "input": "i", "output": "a"}, None),
     ("sharegpt", {"conversations": [said("human", "q"), said("gpt", "a")]}, Demonstration((), (Q, A))),
     (
@@ -148,6 +149,11 @@ PUBLISHED = [
         ),
     ),
     (
+        "finegrained_ranking",
+        FINE,
+        (Ranking(FINE_PROMPT, replies("abcdefg", "b", "c", "d"), (-1.5, -2.0, -1.5, -1.0)),),
+    ),
+    (
         "finegrained_spans",
         FINE,
         (Stepwise(FINE_PROMPT, replies("a", "b", "c", "de", "fg"), (True, False, False, False, True)),),
@@ -165,7 +171,7 @@ PUBLISHED = [
     (
         "prm800k",
         {"question": {"problem": "q"}, "label": {"steps": RATED}},
-        (Stepwise((Q,), replies("b"), (False,)), Stepwise((Q,), replies("a\n", "d"), (True, True))),
+        (Stepwise((Q,), replies("b"), (False,)), Stepwise((Q,), replies("a\n", "d"), (0.5, 1.0))),
     ),
     (
         "solutions",
@@ -216,6 +222,8 @@ TIES = [
     ("judged_pair", JUDGED | {"preference": 1.5}, "a tie"),
     ("scored_transcripts", {"text": ["a", "b"], "score": [1, 1.0]}, "a tie"),
     ("finegrained_pairs", FINE | {"preference": [0] * 6}, "a tie"),
+    ("finegrained_ranking", FINE | {"preference": [0] * 6}, "the same"),
+    ("finegrained_ranking", FINE | {f"prediction {n}": " " for n in (1, 2, 3)}, "the same"),
     ("domain_literature", {"query": "q", "responses": DOMAINS}, "empty"),
     ("oasst", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "q"}}, "no reply"),
     ("oasst_ranking", {"message_tree_id": "x", "prompt": {"role": "prompter", "text": "q"}}, "two ranked replies"),
@@ -256,6 +264,8 @@ REFUSALS = [
     ("labelled", {"prompt": "q", "completion": "a", "label": "up"}, "not true or false"),
     ("labelled_messages", {"messages": [a], "label": True}, "no message stands before"),
     ("stepwise", {"prompt": "q", "completions": ["a"], "labels": [True, True]}, "1 'completions' but 2"),
+    ("rated_steps", {"prompt": "q", "completions": ["a", "b"], "ratings": [1, 2]}, "holds 2; allowed are -1, 0, 1"),
+    ("rated_steps", {"prompt": "q", "completions": ["a", "b"], "ratings": [1, True]}, "not a number"),
     ("ranking", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, "x"]}, "not a number"),
     ("hh", {"chosen": "x", "rejected": "y"}, "no answer of the assistant"),
     ("sharegpt", {"conversations": [said("cat", "q")]}, "from 'cat'"),

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -170,7 +171,42 @@ def test_steps_are_the_solution_and_right_up_to_the_first_error(folder, rows_of)
     labels = collections.Counter(label for row in spans for label in row.labels)
     assert labels[True] > 50 and labels[False] > 50
     rated = rows_of("prm800k-examples/examples.jsonl", "prm800k")
+    assert {label for row in rated for label in row.labels} == {0.0, 0.5, 1.0}
     assert rated[0].labels == (True, False)  # the second step's first try was rated -1
+
+
+def test_predictions_are_ranked_by_how_often_they_were_preferred(folder, rows_of):
+    file = "finegrained-qa-feedback/dev_feedback.valid.jsonl"
+    rankings = rows_of(file, "finegrained_ranking")
+    assert len(rankings) == 36 and all(-3 <= rank <= 0 for row in rankings for rank in row.ranks)
+    better = {(row.prompt, row.chosen, row.rejected) for row in rows_of(file, "finegrained_pairs")}
+    best = [(r.prompt, c) for r in rankings for c, rank in zip(r.completions, r.ranks, strict=True) if rank == -3]
+    assert len(best) > 5  # preferred to all others, so never rejected
+    assert not {(prompt, answer) for prompt, _, answer in better} & set(best)
+
+
+STEPS = (
+    "finegrained-qa-feedback/dev_feedback.train.jsonl",
+    "big-bench-mistake/dyck_languages.valid.jsonl",
+    "big-bench-mistake/word_sorting.valid.jsonl",
+    "mr-gsm8k-first-error/valid.jsonl",
+    "prm800k-examples/examples.jsonl",
+)
+
+
+@pytest.mark.parametrize("place", ["models/stories260k", "data/tokenizers/minimind"])
+@pytest.mark.parametrize("file", STEPS)
+def test_steps_of_real_files_are_read_and_end_where_their_text_does(shared, folder, file, place):
+    tokenizer = AutoTokenizer.from_pretrained(shared / place)
+    encoder = Encoder(tokenizer)
+    data = load(Data(path=(str(folder / file),), eval_share=0.0, max_refused=0.0), encoder, "stepwise", 10**5, 0)
+    for example in data.train[:40]:
+        (tokens,) = example.completions
+        assert (
+            len(tokens.ends) == len(example.step_labels) and (np.diff(tokens.ends, prepend=tokens.start - 1) > 0).all()
+        )
+        assert tokens.mask[tokens.ends].all() and tokens.ids[tokens.ends[-1] + 1] == encoder.eos_id
+        assert set(example.step_labels) <= {0.0, 0.5, 1.0}
 
 
 def test_solutions_carry_their_own_label(rows_of):

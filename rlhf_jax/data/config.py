@@ -19,6 +19,7 @@ FormatName = Literal[
     "judged_pair",
     "finegrained",
     "finegrained_pairs",
+    "finegrained_ranking",
     "finegrained_spans",
     "first_error",
     "mistake_index",
@@ -29,6 +30,7 @@ FormatName = Literal[
     "preference",
     "ranking",
     "stepwise",
+    "rated_steps",
     "labelled",
     "labelled_messages",
     "sharegpt_preference",
@@ -56,6 +58,7 @@ class Data:
     split: Annotated[str, "split of a Hub data set that is read"] = "train"
     eval_path: Annotated[tuple[str, ...], "held-out files, folders or Hub names; their prompts are not trained"] = ()
     eval_share: Annotated[float, "share of prompts held out of path when eval_path is empty, 0 to below 1"] = 0.05
+    split_seed: Annotated[int | None, "of the held-out split; none: the run's seed"] = None
     length: Annotated[int | None, "most tokens a row may have; none: the context of the model"] = None
     too_long: Annotated[
         Literal["cut_prompt", "refuse", "stop"],
@@ -76,6 +79,17 @@ class Data:
     margin: Annotated[
         str | None, "column of pairs: a number that the loss takes as its margin; none: the loss's own"
     ] = None
+    merge: Annotated[
+        bool,
+        "rows of one prompt with the same answers, of several labellers, become one whose labels are soft: "
+        "the share of them",
+    ] = False
+    ties: Annotated[
+        bool, "answers of equal rank are labels too: each is as likely the better; else they say nothing"
+    ] = False
+    bootstrap: Annotated[
+        bool, "draw the training rows with replacement, by the seed: for the members of an ensemble"
+    ] = False
     buckets: Annotated[
         tuple[int, ...], "row lengths batches are padded to; empty: powers of two from 64, and length"
     ] = ()

@@ -1,4 +1,4 @@
-"""What each kind of row gives to a loss that takes single answers, pairs, ranked groups or labelled answers."""
+"""What each kind of row gives to a loss that takes single answers, pairs, ranked groups, labels or labelled steps."""
 
 import itertools
 import math
@@ -6,18 +6,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Refusal, Row, Stepwise, Text
+from rlhf_jax.data.rows import (
+    Demonstration,
+    Labelled,
+    Message,
+    Preference,
+    Prompt,
+    Ranking,
+    Refusal,
+    Row,
+    Stepwise,
+    Text,
+)
 
-Form = Literal["demonstration", "pair", "ranking", "labelled"]
+Form = Literal["demonstration", "pair", "ranking", "labelled", "stepwise"]
 
 
 class Made(NamedTuple):
-    """What one example is made of; labels and ranks are one a completion where the loss reads them."""
+    """What one example is made of.
+
+    Attributes:
+      labels, ranks: one a completion where the loss reads them.
+      ends: of labelled steps, the character of the completion's text at which each ends.
+      step_labels: one a step.
+      probability: of a pair, that the first is better.
+    """
 
     prompt: Text
     completions: tuple[Text, ...]
     labels: tuple[bool, ...] = ()
     ranks: tuple[float, ...] = ()
+    ends: tuple[int, ...] = ()
+    step_labels: tuple[float, ...] = ()
+    probability: float = 1.0
 
 
 def _demonstration(row: Demonstration) -> Iterator[Made]:
@@ -50,6 +71,14 @@ def _ranked_pairs(row: Ranking) -> Iterator[Made]:
             yield Made(row.prompt, pair, (True, False))
 
 
+def tied_pairs(row: Ranking) -> Iterator[Made]:
+    """Every two answers of equal rank and different text, each as likely the better one."""
+    for first, second in itertools.combinations(range(len(row.ranks)), 2):
+        pair = row.completions[first], row.completions[second]
+        if row.ranks[first] == row.ranks[second] and pair[0] != pair[1]:
+            yield Made(row.prompt, pair, (True, False), probability=0.5)
+
+
 def _group(row: Ranking) -> Iterator[Made]:
     """All answers at once, each text as often as it is ranked."""
     yield Made(row.prompt, row.completions, ranks=row.ranks)
@@ -57,6 +86,24 @@ def _group(row: Ranking) -> Iterator[Made]:
 
 def _group_of_two(row: Preference) -> Iterator[Made]:
     yield Made(row.prompt, (row.chosen, row.rejected), ranks=(0.0, 1.0))
+
+
+def _outcome(row: Stepwise) -> Iterator[Made]:
+    """The solution is right if no step is wrong."""
+    yield Made(row.prompt, (joined(row.completions)[0],), (min(row.labels) >= 0.5,))
+
+
+def _steps(row: Stepwise) -> Iterator[Made]:
+    answer, ends = joined(row.completions)
+    yield Made(row.prompt, (answer,), ends=ends, step_labels=row.labels)
+
+
+def joined(steps: Sequence[Text]) -> tuple[Text, tuple[int, ...]]:
+    """Steps as the one answer that they make, as they are, and where each ends in its text."""
+    texts = [step if isinstance(step, str) else "".join(turn.content for turn in step) for step in steps]
+    whole = "".join(texts)
+    ends = tuple(itertools.accumulate(map(len, texts)))
+    return (whole if isinstance(steps[0], str) else (Message("assistant", whole),)), ends
 
 
 CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Iterator[Made]]] = {
@@ -71,12 +118,15 @@ CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Iterator[Made]]] = {
     # Pairs stay pairs until they are split and cut to length: `dataset.unpaired` makes single answers of them.
     (Preference, "labelled"): _pair,
     (Ranking, "labelled"): _ranked_pairs,
+    (Stepwise, "labelled"): _outcome,
+    (Stepwise, "stepwise"): _steps,
 }
 NEEDS: dict[Form, str] = {
     "demonstration": "answers to imitate",
     "pair": "pairs of a chosen and a rejected answer",
     "ranking": "ranked answers or pairs",
     "labelled": "answers with a label",
+    "stepwise": "solutions with a label for each step",
 }
 HOLDS: dict[type[Row], str] = {
     Demonstration: "single answers",
@@ -89,7 +139,11 @@ HOLDS: dict[type[Row], str] = {
 # What to type when rows of one kind meet a loss that takes another; losses by the rows they take.
 INSTEAD: dict[type[Row], str] = {
     Demonstration: "use --config.algorithm=sft --config.loss.name=nll or other data",
-    Labelled: "use --config.algorithm=preference with --config.loss.name=kto",
+    Labelled: (
+        "use --config.algorithm=preference with --config.loss.name=kto, "
+        "or --config.algorithm=reward --config.loss.name=outcome"
+    ),
+    Stepwise: "use --config.algorithm=reward --config.loss.name=process",
 }
 
 

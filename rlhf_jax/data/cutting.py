@@ -28,9 +28,17 @@ def pieces(text: Tokens, length: int) -> tuple[Tokens, ...]:
     once, the first of a piece but the first from that one token alone.
     """
     spans = [slice(start, start + length) for start in range(0, max(len(text) - 1, 1), length - 1)]
-    first, *others = (Tokens(text.ids[span], text.mask[span], text.head) for span in spans)
-    return first, *(Tokens(one.ids, one.mask & (np.arange(len(one)) > 0)) for one in others)
+    first, *others = (
+        Tokens(text.ids[span], text.mask[span], text.head, text.ends[within] - span.start)
+        for span in spans
+        for within in [(text.ends >= span.start) & (text.ends < span.stop)]
+    )
+    # A step that ends with the token that two pieces share has ended in the first of them.
+    return first, *(
+        Tokens(one.ids, one.mask & (np.arange(len(one)) > 0), ends=one.ends[one.ends > 0]) for one in others
+    )
 
 
 def _without(row: Tokens, gone: slice) -> Tokens:
-    return Tokens(np.delete(row.ids, gone), np.delete(row.mask, gone), row.head)
+    ends = row.ends - (gone.stop - gone.start)  # an answer, and so a step's end, stands behind what is cut
+    return Tokens(np.delete(row.ids, gone), np.delete(row.mask, gone), row.head, ends)

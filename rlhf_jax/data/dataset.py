@@ -2,18 +2,18 @@
 
 import dataclasses
 import hashlib
-import itertools
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from rlhf_jax.data import formats, sources
+from rlhf_jax.data import formats, items, sources
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.conversions import CONVERSIONS, Form, columns_of_pairs, impossible
+from rlhf_jax.data.conversions import CONVERSIONS, Form, Made, columns_of_pairs, impossible, tied_pairs
 from rlhf_jax.data.cutting import fit, pieces
+from rlhf_jax.data.items import Item, Shares, is_text, prompt_text
 from rlhf_jax.data.outcome import Report
-from rlhf_jax.data.rows import Left, Refusal, Row, Text
+from rlhf_jax.data.rows import Left, Ranking, Refusal, Row
 from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 
@@ -34,6 +34,9 @@ class Example:
       where: file and line.
       ranks: of a group one a completion, the smaller the better; else ().
       probability, margin: of a pair what its columns say, see `Data`; 1 and 0 where none is read.
+      step_labels: 1 right, 0 wrong, 0.5 neutral, one for each of `completions[0].ends`; else ().
+      labeller: who labelled the row, the text of its column of this name; "" for none, or several.
+      preferred: of a group [K][K], the share of labels that put completion i above j; else ().
     """
 
     completions: tuple[Tokens, ...]
@@ -45,6 +48,9 @@ class Example:
     ranks: tuple[float, ...] = ()
     probability: float = 1.0
     margin: float = 0.0
+    step_labels: tuple[float, ...] = ()
+    labeller: str = ""
+    preferred: Shares = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,21 +61,6 @@ class Dataset:
     evaluation: tuple[Example, ...]
     report: Report
     fingerprint: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """One example before tokenising."""
-
-    prompt: Text
-    completions: tuple[Text, ...]
-    labels: tuple[bool, ...]
-    ranks: tuple[float, ...]
-    index: int
-    source: int
-    where: str
-    tools: str
-    said: dict[str, float]
 
 
 @dataclasses.dataclass
@@ -85,13 +76,14 @@ class _Notes:
     tokens: int = 0
     lost: int = 0
     kept_as_text: dict[str, None] = dataclasses.field(default_factory=dict)
+    merged: dict[str, None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Read:
     """All examples of a config's sources, not yet split, and what was noted on the way; `split` takes it."""
 
-    kept: tuple[tuple[_Item, Example], ...]
+    kept: tuple[tuple[Item, Example], ...]
     notes: _Notes
     encoder: Encoder
     length: int
@@ -106,21 +98,27 @@ def read(config: Data, encoder: Encoder, form: Form, length: int) -> Read:
     """Reads every source of `config` and makes the examples of one `form`.
 
     Args:
-      form: what the loss takes: single answers, pairs, rankings or labelled answers.
+      form: what the loss takes: single answers, pairs, rankings, labelled answers or labelled steps.
       length: most tokens a row may have (`config.length`, or the model's context).
     Raises: UserError as the sources and formats do; for rows the form can't be made of; for more refused rows
       than `max_refused`.
     """
     _check(config, length)
+    items.check(config, form)
     notes = _Notes()
-    items: list[_Item] = []
+    found: list[Item] = []
     index = 0
     for source, path in enumerate([*config.path, *config.eval_path]):
         flag = "--config.data.path" if source < len(config.path) else "--config.data.eval_path"
         records = list(sources.read(path, config.split, flag))
         more, index = _items(records, path, source, config, encoder.chat, form, index, notes)
-        items += more
-    kept = _encoded(items, encoder, length, config.too_long, notes)
+        found += more
+    if config.merge:
+        found, merged = items.merge(found, len(config.path), config.ties)
+        notes.merged = dict.fromkeys(merged)
+    if config.ties:
+        found = [items.with_ties(item) for item in found]
+    kept = _encoded(found, encoder, length, config.too_long, notes)
     refused = tuple(notes.refused.items())
     if len(refused) > config.max_refused * notes.read:
         raise UserError(
@@ -143,6 +141,7 @@ def split(read: Read, config: Data, seed: int) -> Dataset:
     report = Report(
         notes.read, len(train), len(evaluation), tuple(notes.refused.items()), tuple(notes.cut), tuple(notes.too_long),
         shared, tuple(notes.left.items()), notes.tokens, notes.lost, len(notes.kept_as_text), tuple(notes.split),
+        tuple(notes.merged),
     )  # fmt: skip
     if not train:
         raise UserError(_nothing_left(report, config.path, read.length))
@@ -188,7 +187,7 @@ def _nothing_left(report: Report, paths: Sequence[str], length: int) -> str:
 def _items(
     records: Sequence[sources.Record | sources.Refused], path: str, source: int, config: Data, chat: bool,
     form: Form, index: int, notes: _Notes,
-) -> tuple[list[_Item], int]:  # fmt: skip
+) -> tuple[list[Item], int]:  # fmt: skip
     """The items of one source, numbered from `index`, and the next free number."""
     notes.read += len(records)
     kinds = [row for row, wanted in CONVERSIONS if wanted == form]
@@ -197,26 +196,39 @@ def _items(
     if kind not in kinds:
         columns = [record.columns for record in records if isinstance(record, sources.Record)]
         raise UserError(impossible(path, formats.lacking(kinds, columns[:FIRST_ROWS]), kind, form))
-    items: list[_Item] = []
+    found: list[Item] = []
     for record in records:
         try:
             if isinstance(record, sources.Refused):
                 raise Refusal(record.reason)
-            rows = formats.adapt(name, record.columns, chat)
+            rows = formats.adapt(name, record.columns, chat, config.ties)
             said = columns_of_pairs(record.columns, config, rows)
         except (Refusal, Left) as reason:
             noted = notes.refused if isinstance(reason, Refusal) else notes.left
             noted.setdefault(record.where, str(reason))
             index += 1  # numbers do not move when a row is refused
             continue
-        first = len(items)
+        first, labeller = len(found), _labeller(record.columns)
         for row in rows:
-            for made in CONVERSIONS[kind, form](row):
-                items.append(_Item(*made, index, source, record.where, row.tools, said))
+            for made in _made(row, form, config.ties):
+                made = made._replace(probability=said.get("probability", made.probability))
+                place = index, source, record.where, row.tools
+                found.append(Item(*made, *place, said.get("margin", 0.0), labeller))
                 index += 1
-        if len(items) == first:
+        if len(found) == first:
             notes.left.setdefault(record.where, "no two answers of different rank and text")
-    return items, index
+    return found, index
+
+
+def _made(row: Row, form: Form, ties: bool) -> Iterator[Made]:
+    yield from CONVERSIONS[type(row), form](row)
+    if ties and form == "pair" and isinstance(row, Ranking):
+        yield from tied_pairs(row)
+
+
+def _labeller(columns: Mapping[str, Any]) -> str:
+    said = columns.get("labeller")
+    return str(said) if isinstance(said, str | int) and not isinstance(said, bool) else ""
 
 
 def format_of(
@@ -243,15 +255,16 @@ def format_of(
 
 
 def _encoded(
-    items: Sequence[_Item],
+    found: Sequence[Item],
     encoder: Encoder,
     length: int,
     policy: str,
     notes: _Notes,
-) -> list[tuple[_Item, Example]]:
-    rows = iter(encoder.encode_many([(item.prompt, c, item.tools) for item in items for c in item.completions]))
+) -> list[tuple[Item, Example]]:
+    texts = [(item.prompt, text, item.tools, item.ends) for item in found for text in item.completions]
+    rows = iter(encoder.encode_many(texts))
     kept = []
-    for item in items:
+    for item in found:
         whole = [next(rows) for _ in item.completions]
         bad = next((row for row in whole if isinstance(row, Refusal)), None)
         if bad is not None:
@@ -269,7 +282,7 @@ def _encoded(
             )
         fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
         parts = [fitted] if fitted is not None else []
-        if not parts and policy == "cut_prompt" and is_text(item.prompt, item.completions):
+        if not parts and policy == "cut_prompt" and not item.ends and is_text(item.prompt, item.completions):
             parts = [(piece,) for piece in pieces(completions[0], length)]
             notes.split[item.where] = None
         elif not parts:
@@ -278,15 +291,15 @@ def _encoded(
         elif longest > length:
             notes.lost += tokens - sum(map(len, parts[0]))
             notes.cut[item.where] = None
-        prompt = _hash(completions[0].prompt.tobytes())
-        said = item.labels, prompt, item.index, item.source, item.where, item.ranks
-        kept += [(item, Example(part, *said, **item.said)) for part in parts]
+        kept += [(item, _example(item, part, _hash(completions[0].prompt.tobytes()))) for part in parts]
     return kept
 
 
-def is_text(prompt: Text, completions: Sequence[Text]) -> bool:
-    """Whether a row is one text without a prompt, such as a document, which may be cut anywhere."""
-    return prompt == "" and len(completions) == 1
+def _example(item: Item, completions: tuple[Tokens, ...], prompt: int) -> Example:
+    return Example(
+        completions, item.labels, prompt, item.index, item.source, item.where, item.ranks, item.probability,
+        item.margin, item.step_labels, item.labeller, item.preferred or items.preferred(item.ranks),
+    )  # fmt: skip
 
 
 def _hash(*parts: bytes) -> int:
@@ -294,33 +307,20 @@ def _hash(*parts: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big", signed=True)
 
 
-def _prompt_text(item: _Item) -> bytes:
-    """What two rows of one prompt share: of a whole conversation, the turns before its first answer.
-
-    Texts without a prompt share nothing unless they are the same.
-    """
-    text = item.prompt or item.completions[0]
-    if not item.prompt and not isinstance(text, str):
-        text = tuple(itertools.takewhile(lambda m: m.role != "assistant", text))
-    if not isinstance(text, str):  # a plain message has two entries, whatever a message may hold besides
-        text = tuple(message if message.more else message[:2] for message in text)
-    return json.dumps(text).encode()
-
-
 def _split(
-    kept: Sequence[tuple[_Item, Example]], config: Data, seed: int
+    kept: Sequence[tuple[Item, Example]], config: Data, seed: int
 ) -> tuple[list[Example], list[Example], tuple[str, ...]]:
     """(training examples, held-out examples, places of rows left out of training for sharing a prompt)."""
     if config.eval_path:
         evaluation = [(item, e) for item, e in kept if item.source >= len(config.path)]
-        prompts = {_prompt_text(item) for item, _ in evaluation}
-        ours = [(e, _prompt_text(item) in prompts) for item, e in kept if item.source < len(config.path)]
+        prompts = {prompt_text(item) for item, _ in evaluation}
+        ours = [(e, prompt_text(item) in prompts) for item, e in kept if item.source < len(config.path)]
         return (
             [e for e, held in ours if not held],
             [e for _, e in evaluation],
             tuple(dict.fromkeys(e.where for e, held in ours if held)),
         )
-    drawn = [(e, _hash(str(seed).encode(), _prompt_text(item)) % 2**53 / 2**53) for item, e in kept]
+    drawn = [(e, _hash(str(seed).encode(), prompt_text(item)) % 2**53 / 2**53) for item, e in kept]
     return (
         [e for e, u in drawn if u >= config.eval_share],
         [e for e, u in drawn if u < config.eval_share],
@@ -338,6 +338,12 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
             digest.update(np.asarray(numbers, np.float64).tobytes())
             for tokens in example.completions:
                 digest.update(np.int64(len(tokens)).tobytes() + tokens.ids.tobytes() + tokens.mask.tobytes())
+            # What older data sets don't have adds nothing to them: their checkpoints resume.
+            if example.step_labels:
+                digest.update(b"steps" + np.asarray(example.step_labels, np.float64).tobytes())
+                digest.update(example.completions[0].ends.tobytes())
+            if example.preferred not in ((), items.preferred(example.ranks)):
+                digest.update(b"preferred" + np.asarray(example.preferred, np.float64).tobytes())
     return digest.hexdigest()
 
 
@@ -348,3 +354,9 @@ def unpaired(examples: Sequence[Example]) -> tuple[Example, ...]:
         for example in examples
         for place, (completion, label) in enumerate(zip(example.completions, example.labels, strict=True))
     )
+
+
+def bootstrap(examples: Sequence[Example], seed: int) -> tuple[Example, ...]:
+    """As many examples as there are, drawn with replacement; a pure function of their order and the seed."""
+    drawn = np.random.RandomState(seed % 2**32).randint(max(len(examples), 1), size=len(examples))
+    return tuple(examples[place] for place in drawn)

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rlhf_jax.data import sources
-from rlhf_jax.data.conversions import CONVERSIONS
+from rlhf_jax.data.conversions import CONVERSIONS, joined
 from rlhf_jax.data.cutting import fit
-from rlhf_jax.data.dataset import format_of, is_text
+from rlhf_jax.data.dataset import format_of
 from rlhf_jax.data.formats import FORMATS, adapt
+from rlhf_jax.data.items import is_text
 from rlhf_jax.data.rows import (
     Demonstration,
     Labelled,
@@ -42,7 +43,10 @@ class Piece(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One row to show: where it stands, and each of its completions under a name, with the prompt before it."""
+    """One row to show: where it stands, and each of its completions under a name, with the prompt before it.
+
+    Of labelled steps each has a name, and the prompt stands before the first.
+    """
 
     where: str
     parts: tuple[tuple[str, tuple[Piece, ...]], ...]
@@ -129,7 +133,7 @@ def inspect(
             lengths.append(max(map(len, tokens)))
             if reader.length is not None and lengths[-1] > reader.length:
                 fits = isinstance(row, Prompt) or fit(tokens, reader.length) is not None
-                text = is_text(row.prompt, [completion for _, completion in _completions(row)])
+                text = not isinstance(row, Stepwise) and is_text(row.prompt, [c for _, c in _completions(row)])
                 cut, in_pieces = cut + fits, in_pieces + (not fits and text)
                 too_long += not fits and not text
         if len(shown) < samples and (not shown or shown[-1].where != where):
@@ -180,15 +184,9 @@ def _completions(row: Row) -> list[tuple[str, Text]]:
             order = sorted(zip(row.ranks, row.completions, strict=True), key=lambda pair: pair[0])
             return [(f"rank {rank:g}", completion) for rank, completion in order]
         case Stepwise():
-            return [("steps", _joined(row.completions))]
+            return [("steps", joined(row.completions)[0])]
         case Prompt():
             return [("prompt", "")]
-
-
-def _joined(steps: Sequence[Text]) -> Text:
-    """Steps as the one answer that they make."""
-    whole = "".join(step if isinstance(step, str) else "".join(turn.content for turn in step) for step in steps)
-    return whole if isinstance(steps[0], str) else (Message("assistant", whole),)
 
 
 def _words(text: Text) -> int:
@@ -204,7 +202,8 @@ def _encoded(rows: Sequence[Row], reader: Reader | None) -> tuple[Sequence[tuple
             prompts = reader.encoder.prompts([row.prompt for row in rows], [row.tools for row in rows])
             none = lambda ids: Tokens(ids, np.zeros(len(ids), np.bool_))
             return [p if isinstance(p, Refusal) else (none(p),) for p in prompts], ""
-        items = [(row.prompt, completion, row.tools) for row in rows for _, completion in _completions(row)]
+        ends = lambda row: joined(row.completions)[1] if isinstance(row, Stepwise) else ()
+        items = [(row.prompt, text, row.tools, ends(row)) for row in rows for _, text in _completions(row)]
         made = iter(reader.encoder.encode_many(items))
     except UserError as error:
         return [None] * len(rows), _flags(error)
@@ -225,11 +224,38 @@ def _together(made: Sequence[Tokens | Refusal]) -> tuple[Tokens, ...] | Refusal:
 
 
 def _sample(where: str, row: Row, tokens: tuple[Tokens, ...] | None, reader: Reader | None) -> Sample:
+    if isinstance(row, Stepwise):
+        return Sample(where, tuple(_steps(row, tokens, reader)))
     completions = _completions(row)
     if tokens is None or reader is None:
         return Sample(where, tuple((name, tuple(_plain(row, c))) for name, c in completions))
     pieces = (tuple(_pieces(one, reader.tokenizer)) for one in tokens)
     return Sample(where, tuple((name, some) for (name, _), some in zip(completions, pieces, strict=True)))
+
+
+STEPS = {1.0: "right", 0.0: "wrong", 0.5: "neutral"}
+
+
+def _steps(
+    row: Stepwise, tokens: tuple[Tokens, ...] | None, reader: Reader | None
+) -> Iterator[tuple[str, tuple[Piece, ...]]]:
+    """Each step under its number and label, the first behind the prompt and the last with what follows it."""
+    if tokens is None or reader is None:
+        texts = [joined([step])[0] for step in row.completions]
+        whole = [tuple(_plain(row, text)) for text in texts]
+        steps = [whole[0], *(pieces[-1:] for pieces in whole[1:])]
+    else:
+        (answer,) = tokens
+        steps = [tuple(part) for part in _parted(answer, reader.tokenizer)]
+    for number, (label, pieces) in enumerate(zip(row.labels, steps, strict=True), start=1):
+        yield f"step {number}, {STEPS[label]}", pieces
+
+
+def _parted(tokens: Tokens, tokenizer: Any) -> Iterator[list[Piece]]:
+    """The pieces of tokens, cut behind the end of each step but the last."""
+    ends = [0, *(tokens.ends[:-1] + 1).tolist(), len(tokens)]
+    for start, stop in itertools.pairwise(ends):
+        yield list(_pieces(tokens, tokenizer, start, stop))
 
 
 def _plain(row: Row, completion: Text) -> Iterator[Piece]:
@@ -254,17 +280,17 @@ def _more(turn: Message) -> str:
     )
 
 
-def _pieces(tokens: Tokens, tokenizer: Any) -> Iterator[Piece]:
-    """The text of tokens, cut where training begins or ends and around special tokens.
+def _pieces(tokens: Tokens, tokenizer: Any, start: int = 0, stop: int | None = None) -> Iterator[Piece]:
+    """The text of tokens from `start` to `stop`, cut where training begins or ends and around special tokens.
 
     The text of a run is what it adds to the text before it: some tokenizers drop the space a text begins with.
     """
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks = [(bool(m), int(i) in special) for i, m in zip(tokens.ids, tokens.mask, strict=True)]
+    marks = [(bool(m), int(i) in special) for i, m in zip(tokens.ids, tokens.mask, strict=True)][start:stop]
     decode: Callable[[int], str] = lambda end: tokenizer.decode(
         tokens.ids[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
-    end, before = 0, ""
+    end, before = start, decode(start)
     for (trained, is_special), run in itertools.groupby(marks):
         end += len(list(run))
         text = decode(end)
@@ -313,8 +339,10 @@ def _of_rankings(rows: Sequence[Ranking]) -> Iterator[tuple[str, str]]:
 def _of_steps(rows: Sequence[Stepwise]) -> Iterator[tuple[str, str]]:
     labels = [label for row in rows for label in row.labels]
     yield "steps a row", f"{len(labels) / max(len(rows), 1):.1f}"
-    yield "right steps", _share(sum(labels), len(labels))
-    yield "rows without a wrong step", _share(sum(all(row.labels) for row in rows), len(rows))
+    yield "right steps", _share(labels.count(1.0), len(labels))
+    if 0.5 in labels:
+        yield "neutral steps", _share(labels.count(0.5), len(labels))
+    yield "rows without a wrong step", _share(sum(0.0 not in row.labels for row in rows), len(rows))
 
 
 def _of_special_tokens(rows: Sequence[Row], encoder: Encoder) -> Iterator[tuple[str, str]]:

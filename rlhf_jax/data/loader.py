@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.data.cutting import fit
 from rlhf_jax.data.dataset import Example
+from rlhf_jax.data.items import preferred
 from rlhf_jax.data.packing import best_fit
 from rlhf_jax.data.tokens import Tokens
 from rlhf_jax.errors import UserError
@@ -51,14 +52,18 @@ class Loader:
       labels    [B, K] bool, if the examples have labels
       ranks     [B, K] float32, if the examples have ranks; a completion that an example lacks has no token
       probability, margin [B] float32, of pairs: what their columns say, 1 and 0 where none is read
+      preferred [B, K, K] float32, if the examples have ranks: the share of labels that put completion i above j; 0
+                where an example lacks one of them
+      step_ends [B, K, T] bool, if the examples have labelled steps (K is 1): the last token of each step
+      step_labels [B, K, T] float32, with them: a step's label at its last token, else 0
     Rows are left-aligned.
     With `mismatched`, also a dict `mismatched` of tokens, mask, segments and positions of the same shapes:
     the prompt of a row with the completions of the next row of the order that has another prompt.
 
     With `pack`, a row holds up to M examples one behind the other, M what the fullest row holds: segments count
     them from 1, positions begin anew with each, T is the length, and what is [B] above is [B, M], labels and
-    ranks [B, M, K]. Which examples share a row is decided once, from the seed and the lengths; each epoch
-    shuffles the rows.
+    ranks [B, M, K], preferred [B, M, K, K]. Which examples share a row is decided once, from the seed and the
+    lengths; each epoch shuffles the rows.
     """
 
     def __init__(
@@ -215,6 +220,8 @@ class Loader:
         examples = [[self.examples[place] for place in row] for row in [*own, *empty][rows]]
         batch = _stack([[e.completions for e in row] for row in examples], *shape)
         batch |= self._columns(examples, *shape[:2])
+        if any(example.step_labels for example in self.examples):
+            batch |= _steps(examples, *shape[1:])
         if self._mismatched:
             pairs = [*zip(own, partners, strict=True), *((row, row) for row in empty)][rows]
             crossed = [[self._crossed(*both) for both in zip(*pair, strict=True)] for pair in pairs]
@@ -226,19 +233,23 @@ class Loader:
         weight, probability, margin = (np.zeros((len(rows), most), np.float32) for _ in range(3))
         index = np.full((len(rows), most), -1, np.int32)
         labels, ranks = (np.zeros((len(rows), most, k), kind) for kind in (np.bool_, np.float32))
+        shares = np.zeros((len(rows), most, k, k), np.float32)
         for b, row in enumerate(rows):
             for m, example in enumerate(row):
                 weight[b, m], index[b, m] = 1, example.index
                 probability[b, m], margin[b, m] = example.probability, example.margin
                 labels[b, m, : len(example.labels)] = example.labels
-                ranks[b, m, : len(example.ranks)] = example.ranks
+                count = len(example.ranks)
+                ranks[b, m, :count] = example.ranks
+                if count:
+                    shares[b, m, :count, :count] = example.preferred or preferred(example.ranks)
         columns = {"weight": weight, "index": index}
         if self.examples[0].labels:
             columns["labels"] = labels
         if len(self.examples[0].labels) == 2:
             columns |= {"probability": probability, "margin": margin}
         if self.examples[0].ranks:
-            columns["ranks"] = ranks
+            columns |= {"ranks": ranks, "preferred": shares}
         return columns if self.packed else {name: column[:, 0] for name, column in columns.items()}
 
     def _crossed(self, place: int, partner: int) -> tuple[Tokens, ...]:
@@ -251,6 +262,7 @@ class Loader:
                     np.concatenate([ids, c.ids[c.start :]]),
                     np.concatenate([np.zeros(start, np.bool_), c.mask[c.start :]]),
                     prompt.head,
+                    c.ends + (start - c.start),
                 )
                 for c in self.examples[partner].completions
             ],
@@ -353,3 +365,15 @@ def _stack(rows: Sequence[Sequence[tuple[Tokens, ...]]], most: int, k: int, t: i
                 positions[b, lane, here] = np.arange(len(completion))
                 ends[lane] = here.stop
     return {"tokens": tokens, "mask": mask, "segments": segments, "positions": positions}
+
+
+def _steps(rows: Sequence[Sequence[Example]], k: int, t: int) -> Batch:
+    """Where in the rows of `_stack` the steps of each example end, and what is said of them there."""
+    ends, labels = (np.zeros((len(rows), k, t), kind) for kind in (np.bool_, np.float32))
+    for b, examples in enumerate(rows):
+        before = 0
+        for example in examples:
+            places = before + example.completions[0].ends
+            ends[b, 0, places], labels[b, 0, places] = True, example.step_labels
+            before += len(example.completions[0])
+    return {"step_ends": ends, "step_labels": labels}

@@ -21,6 +21,7 @@ class Report:
       left: good rows that hold nothing to learn from, such as ties, with the reason.
       tokens, lost: tokens of all rows that could be encoded, and how many of them the length took: cut away, or of
         rows that were left out for it.
+      merged: rows that became one with an earlier row of the same prompt and answers.
       kept_as_text: rows of strings that hold special tokens written out, which stayed text.
     """
 
@@ -36,6 +37,7 @@ class Report:
     lost: int = 0
     kept_as_text: int = 0
     split: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
 
     @property
     def used(self) -> int:
@@ -53,6 +55,7 @@ class Report:
             (self.split, "texts cut into pieces of the length"),
             (self.too_long, "left out: longer than the length"),
             (self.shared, "left out: prompt also in the held-out rows"),
+            (self.merged, "merged with an earlier row of the same prompt and answers"),
         ):
             if rows:
                 more = ", ..." if len(rows) > first else ""
@@ -74,6 +77,7 @@ class Report:
             (self.split, "split"),
             (self.too_long, "too long"),
             (self.shared, "prompt held out"),
+            (self.merged, "merged"),
         ):
             rows += [{"where": where, "what": what, "reason": ""} for where in places]
         epath.Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -79,11 +79,11 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class Stepwise:
-    """The steps of one solution in order, each right (True) or wrong (False)."""
+    """The steps of one solution in order, each right (1), wrong (0) or neutral (0.5)."""
 
     prompt: Text
     completions: tuple[Text, ...]
-    labels: tuple[bool, ...]
+    labels: tuple[float, ...]
     tools: str = ""
 
 

@@ -163,3 +163,31 @@ class Vocabulary:
 
 def _tokenizer(state: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
+
+
+def continuing(state: Any) -> Any:
+    """A tokenizer.json told that its text does not stand at the beginning.
+
+    SentencePiece-like tokenizers put a space before the text: as a `Prepend` normalizer, as `Metaspace` with
+    a prepend scheme, or as `add_prefix_space` of a byte-level one. On a completion tokenised apart it would
+    be a space that no one wrote: "Assistant:" + "Yes" would be trained as "Assistant: Yes". Only what runs
+    before the vocabulary is changed; the decoder is not used.
+    """
+    return {
+        **state,
+        "normalizer": _unprefixed(state["normalizer"]),
+        "pre_tokenizer": _unprefixed(state["pre_tokenizer"]),
+    }
+
+
+def _unprefixed(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    if part["type"] == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    changed = {"prepend_scheme": "never", "add_prefix_space": False}
+    part = {name: changed[name] if name in changed else value for name, value in part.items()}
+    return {
+        name: [_unprefixed(p) for p in value] if name in ("normalizers", "pretokenizers") else value
+        for name, value in part.items()
+    }

@@ -56,10 +56,11 @@ class Rendering(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A conversation's text and the spans of it that are trained."""
+    """A conversation's text, the spans of it that are trained, and where its first step begins and each one ends."""
 
     rendering: Rendering
     spans: tuple[tuple[int, int], ...]
+    steps: tuple[int, ...] = ()
 
     def upto(self, end: int | None = None) -> str | Guarded:
         """The text up to a place, as it is tokenised."""

@@ -26,12 +26,14 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax.data.rows import Refusal, Text
-from rlhf_jax.data.special import NONCHARACTERS, Guarded, Ids, Specials, Vocabulary, wrapped
+from rlhf_jax.data.special import NONCHARACTERS, Guarded, Ids, Specials, Vocabulary, continuing, wrapped
+from rlhf_jax.data.steps import Ends, check_steps, cut, placed
 from rlhf_jax.data.templates import Plan, Render, Template, TrainOn
 from rlhf_jax.errors import UserError
 
 Special = Literal["text", "tokens"]
-Item = tuple[Text, Text] | tuple[Text, Text, str]  # prompt, completion, tools on offer
+# Prompt, completion, tools on offer, and where in the completion's text each step ends, if it has any.
+Item = tuple[Text, Text] | tuple[Text, Text, str] | tuple[Text, Text, str, Ends]
 Tokenised = Mapping[str | Guarded, Ids]
 
 
@@ -44,11 +46,13 @@ class Tokens:
       mask: bool [n], True on trained tokens. Never True on the first token: nothing stands before it, so it
         has no log-probability.
       head: leading tokens (0 or 1: the beginning token) that stay when the prompt is cut.
+      ends: int32 [steps], ascending, the place in `ids` of the last token of each step; empty without steps.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     head: int = 0
+    ends: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,7 +109,7 @@ class Encoder:
         self._template = Template(tokenizer, source, named, self._specials, train_on) if source else None
         self.chat: bool = self._template is not None
         self._start = Vocabulary(state, self._specials, tokenizer.unk_token)
-        later = _continuing(state)
+        later = continuing(state)
         self._middle = self._start if later == state else Vocabulary(later, self._specials, tokenizer.unk_token)
         # Ask instead of reading `add_bos_token`: it is False for tokenizers whose post-processor adds one.
         self._adds_bos = self.bos_id is not None and list(tokenizer("")["input_ids"])[:1] == [self.bos_id]
@@ -116,15 +120,17 @@ class Encoder:
         parts = [state, source, self.bos_id, self.eos_id, self._adds_bos]
         self.fingerprint: str = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def encode(self, prompt: Text, completion: Text, tools: str = "") -> Tokens:
+    def encode(self, prompt: Text, completion: Text, tools: str = "", ends: Ends = ()) -> Tokens:
         """One row as tokens.
 
         Args:
           tools: JSON text of the functions on offer, "" for none.
-        Raises: Refusal if the template fails on the row or doesn't give its boundaries; UserError if nothing of
-          the kind can be encoded with this tokenizer.
+          ends: of a completion in steps, the character of its text (a message's content) at which each ends; the
+            last is the text's length.
+        Raises: Refusal if the template fails on the row or doesn't give its boundaries, or a step has no token of
+          its own; UserError if nothing of the kind can be encoded with this tokenizer.
         """
-        (tokens,) = self.encode_many([(prompt, completion, tools)])
+        (tokens,) = self.encode_many([(prompt, completion, tools, ends)])
         if isinstance(tokens, Refusal):
             raise tokens
         return tokens
@@ -212,24 +218,35 @@ class Encoder:
     def _strings(self, items: Sequence[Any]) -> Iterator[Tokens | Refusal]:
         if items and self.eos_id is None:
             raise UserError("the tokenizer has no end token; set eos_token in its tokenizer_config.json")
-        rows: list[tuple[str | Guarded, str | Guarded] | Refusal] = []
-        for prompt, completion, *tools in items:
+        rows: list[tuple[str | Guarded, list[str | Guarded], bool] | Refusal] = []
+        for item in items:
             try:
-                asked = self._string_of(prompt, *tools, begins=True)
-                rows.append((asked, self._string_of(completion, begins=not prompt, ends=True)))
+                rows.append(self._parts(*item))
             except Refusal as refusal:
                 rows.append(refusal)
-        pairs = [row for row in rows if not isinstance(row, Refusal)]
-        prompts = self._start([prompt for prompt, _ in pairs])
+        parts = [row for row in rows if not isinstance(row, Refusal)]
+        prompts = self._start([prompt for prompt, _, _ in parts])
         # After an empty prompt the completion is the beginning of the text.
-        first = self._start([completion for prompt, completion in pairs if not prompt])
-        later = self._middle([completion for prompt, completion in pairs if prompt])
+        first = self._start([answer[0] for prompt, answer, _ in parts if not prompt])
+        later = self._middle([text for prompt, answer, _ in parts for text in (answer if prompt else answer[1:])])
         for row in rows:
             if isinstance(row, Refusal):
                 yield row
                 continue
-            asked, answer = prompts.get(row[0]), (later if row[0] else first).get(row[1])
-            yield Refusal(_NO_TEXT) if asked is None or answer is None else self._string(asked, answer)
+            asked, answer, in_steps = row
+            begun = (later if asked else first).get(answer[0])
+            found = [prompts.get(asked), begun, *map(later.get, answer[1:])]
+            known = [ids for ids in found if ids is not None]
+            yield Refusal(_NO_TEXT) if len(known) < len(found) else self._string(known[0], known[1:], in_steps)
+
+    def _parts(
+        self, prompt: str, completion: str, tools: str = "", ends: Ends = ()
+    ) -> tuple[str | Guarded, list[str | Guarded], bool]:
+        """What is tokenised apart: the prompt, and the completion or each of its steps; and whether it has steps."""
+        texts = cut(completion, ends)
+        last = len(texts) - 1
+        answer = [self._string_of(text, begins=not prompt and i == 0, ends=i == last) for i, text in enumerate(texts)]
+        return self._string_of(prompt, tools, begins=True), answer, bool(ends)
 
     def _string_of(self, text: str, tools: str = "", *, begins: bool, ends: bool = False) -> str | Guarded:
         """A text as it is tokenised: only a beginning token that begins it and an end token that ends it are tokens."""
@@ -247,12 +264,17 @@ class Encoder:
             raise Refusal("the text holds a special token and a character of U+FDD0 to U+FDD3")
         return Guarded((start and wrapped(start)) + rest + (end and wrapped(end)))
 
-    def _string(self, prompt: Ids, completion: Ids) -> Tokens | Refusal:
+    def _string(self, prompt: Ids, answer: Sequence[Ids], in_steps: bool) -> Tokens | Refusal:
         prompt = self._begun(prompt)
-        if completion[-1:] != [self.eos_id]:
-            completion = [*completion, self._known(self.eos_id)]
-        ids = prompt + completion
-        return self._tokens(ids, [(len(prompt), len(ids))])
+        *before, last = answer
+        if last[-1:] == [self.eos_id]:
+            last = last[:-1]  # it is no step's
+        ids, counts = list(prompt), []
+        for part in (*before, last):
+            ids += part
+            counts.append(len(ids))
+        spans = [(len(prompt), len(ids) + 1)]
+        return self._tokens([*ids, self._known(self.eos_id)], spans, [len(prompt), *counts] if in_steps else ())
 
     def _begun(self, prompt: Ids) -> Ids:
         """With the beginning token, where the tokenizer writes one."""
@@ -267,7 +289,10 @@ class Encoder:
     def _twice(self, ids: Ids) -> bool:
         return self.bos_id is not None and ids[:2] == [self.bos_id] * 2
 
-    def _tokens(self, ids: Ids, spans: Sequence[tuple[int, int]]) -> Tokens | Refusal:
+    def _tokens(self, ids: Ids, spans: Sequence[tuple[int, int]], steps: Sequence[int] = ()) -> Tokens | Refusal:
+        """Args:
+        steps: tokens before the first step, and up to the end of each.
+        """
         mask = np.zeros(len(ids), np.bool_)
         for start, stop in spans:
             mask[start:stop] = True
@@ -275,7 +300,9 @@ class Encoder:
         if not mask.any():
             return Refusal("no token is left to train")
         head = int(self.bos_id is not None and ids[0] == self.bos_id)
-        return Tokens(np.asarray(ids, np.int32), mask, head)
+        if steps and (bad := check_steps(steps)):
+            return bad
+        return Tokens(np.asarray(ids, np.int32), mask, head, np.asarray(steps[1:], np.int32) - 1)
 
     # Conversations
 
@@ -286,9 +313,9 @@ class Encoder:
         plans: list[Plan | Refusal] = []
         # Both answers of a pair share their prompt, and the last answer ends where the conversation does.
         render = functools.cache(template.render)
-        for prompt, completion, *tools in items:
+        for item in items:
             try:
-                plans.append(self._plan(template, prompt, completion, "".join(tools), render))
+                plans.append(self._plan(template, render, *item))
             except Refusal as refusal:
                 plans.append(refusal)
         ids = self._start([text for p in plans if isinstance(p, Plan) for text in _texts(p)])
@@ -302,10 +329,13 @@ class Encoder:
             )
         return self._template
 
-    def _plan(self, template: Template, prompt: Text, completion: Text, tools: str, render: Render) -> Plan:
+    def _plan(
+        self, template: Template, render: Render, prompt: Text, completion: Text, tools: str = "", ends: Ends = ()
+    ) -> Plan:
         if isinstance(prompt, str) or isinstance(completion, str):
             raise Refusal("one of prompt and completion is a string and the other a list of messages")
-        return template.plan(prompt, completion, tools, render)
+        plan = template.plan(prompt, completion, tools, render)
+        return placed(plan, completion, ends) if ends else plan
 
     def _planned(self, plan: Plan, ids: Tokenised) -> Tokens | Refusal:
         full = ids.get(plan.upto())
@@ -313,11 +343,12 @@ class Encoder:
             return Refusal(_NO_TEXT)
         try:
             spans = [(self._place(plan, a, full, ids), self._place(plan, b, full, ids)) for a, b in plan.spans]
+            steps = [self._place(plan, place, full, ids) for place in plan.steps]
         except Refusal as refusal:
             return refusal
         if self._twice(full):
             return Refusal("the chat template writes the beginning token twice")
-        return self._tokens(full, spans)
+        return self._tokens(full, spans, steps)
 
     def _place(self, plan: Plan, place: int, full: Ids, ids: Tokenised) -> int:
         """Tokens before a place of the text.
@@ -344,8 +375,8 @@ class Encoder:
 
 def _texts(plan: Plan) -> list[str | Guarded]:
     """What is tokenised of a plan: the whole, and all up to each boundary that no special token shows."""
-    places = (place for span in plan.spans for place in span if plan.tokens_before(place) is None)
-    return [plan.upto(), *map(plan.upto, places)]
+    places = [*(place for span in plan.spans for place in span), *plan.steps]
+    return [plan.upto(), *(plan.upto(place) for place in places if plan.tokens_before(place) is None)]
 
 
 def _file(path: str) -> str:
@@ -353,31 +384,3 @@ def _file(path: str) -> str:
     if not file.is_file():
         raise UserError(f"there is no chat template {path}; check --config.data.chat_template")
     return file.read_text()
-
-
-def _continuing(state: Any) -> Any:
-    """A tokenizer.json told that its text does not stand at the beginning.
-
-    SentencePiece-like tokenizers put a space before the text: as a `Prepend` normalizer, as `Metaspace` with
-    a prepend scheme, or as `add_prefix_space` of a byte-level one. On a completion tokenised apart it would
-    be a space that no one wrote: "Assistant:" + "Yes" would be trained as "Assistant: Yes". Only what runs
-    before the vocabulary is changed; the decoder is not used.
-    """
-    return {
-        **state,
-        "normalizer": _unprefixed(state["normalizer"]),
-        "pre_tokenizer": _unprefixed(state["pre_tokenizer"]),
-    }
-
-
-def _unprefixed(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    if part["type"] == "Prepend":
-        return {"type": "Sequence", "normalizers": []}
-    changed = {"prepend_scheme": "never", "add_prefix_space": False}
-    part = {name: changed[name] if name in changed else value for name, value in part.items()}
-    return {
-        name: [_unprefixed(p) for p in value] if name in ("normalizers", "pretokenizers") else value
-        for name, value in part.items()
-    }

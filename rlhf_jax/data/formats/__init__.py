@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.data.formats import columns as shared
-from rlhf_jax.data.formats import published, values
+from rlhf_jax.data.formats import published, solutions, values
 from rlhf_jax.data.formats.values import Columns
-from rlhf_jax.data.rows import Demonstration, Labelled, Preference, Prompt, Ranking, Refusal, Row, Stepwise
+from rlhf_jax.data.rows import Demonstration, Labelled, Left, Preference, Prompt, Ranking, Refusal, Row, Stepwise
 from rlhf_jax.errors import UserError
 
 Adapter = Callable[[Columns, bool], Any]  # gives a row or a tuple of rows
@@ -36,6 +36,7 @@ SHARED: dict[str, Format] = {
     "preference": Format(("prompt", "chosen", "rejected"), Preference, shared.preference),
     "ranking": Format(("prompt", "completions", "ranks"), Ranking, shared.ranking),
     "stepwise": Format(("prompt", "completions", "labels"), Stepwise, shared.stepwise),
+    "rated_steps": Format(("prompt", "completions", "ratings"), Stepwise, shared.rated_steps),
     "labelled": Format(("prompt", "completion", "label"), Labelled, shared.labelled),
     "hh": Format(("chosen", "rejected"), Preference, shared.hh, shared.is_transcript),
     "implicit_preference": Format(("chosen", "rejected"), Preference, shared.implicit_preference),
@@ -80,13 +81,14 @@ PUBLISHED: dict[str, Format] = {
     "judged_pair": Format(("instruction", "output_1", "output_2", "preference"), Preference, published.judged_pair),
     "finegrained": Format((*SPANS, "gold", "preference"), Demonstration, published.finegrained),
     "finegrained_pairs": Format((*SPANS, "gold", "preference"), Preference, published.finegrained_pairs),
+    "finegrained_ranking": Format((*SPANS, "gold", "preference"), Ranking, published.finegrained_ranking),
     "finegrained_spans": Format((*SPANS, "gold", "preference"), Stepwise, published.finegrained_spans),
     "first_error": Format(
-        ("question", "model_output_steps", "model_output_solution_first_error_step"), Stepwise, published.first_error
+        ("question", "model_output_steps", "model_output_solution_first_error_step"), Stepwise, solutions.first_error
     ),
-    "mistake_index": Format(("input", "steps", "target", "answer"), Stepwise, published.mistake_index),
-    "prm800k": Format(("question", "label"), Stepwise, published.prm800k, published.is_rated_solution),
-    "solutions": Format(("question", "ground_truth"), Labelled, published.solutions, published.are_judged),
+    "mistake_index": Format(("input", "steps", "target", "answer"), Stepwise, solutions.mistake_index),
+    "prm800k": Format(("question", "label"), Stepwise, solutions.prm800k, solutions.is_rated_solution),
+    "solutions": Format(("question", "ground_truth"), Labelled, solutions.solutions, solutions.are_judged),
     "problem": Format(("problem", "solution", "answer"), Prompt, published.problem, published.is_unanswered),
     "first_turn": Format(("turns", "question_id"), Prompt, published.first_turn, published.is_unanswered),
 }  # fmt: skip
@@ -139,11 +141,12 @@ def lacking(kinds: Sequence[type[Row]], records: Sequence[Columns]) -> str:
     return f"it has the columns {_listed(found)}, and the format {nearest} also needs {_listed(lacks[nearest])}"
 
 
-def adapt(name: str, columns: Columns, chat: bool) -> tuple[Row, ...]:
+def adapt(name: str, columns: Columns, chat: bool, ties: bool = False) -> tuple[Row, ...]:
     """One record as rows of format `name`, at least one.
 
     Args:
       chat: whether the tokenizer has a chat template.
+      ties: whether rankings of equal ranks alone are rows, or left.
     Raises: Refusal if a column is missing or doesn't hold what the format needs; Left if the record is as it
       should be and holds nothing to learn from.
     """
@@ -158,7 +161,13 @@ def adapt(name: str, columns: Columns, chat: bool) -> tuple[Row, ...]:
     for row in rows:
         if isinstance(row, Preference) and row.chosen == row.rejected:
             raise Refusal("chosen and rejected are the same")
+    if all(isinstance(row, Ranking) and _ranks_nothing(row, ties) for row in rows):
+        raise Left("all 'ranks' are the same")
     return tuple(_with_tools(row, columns) for row in rows) if columns.get("tools") else rows
+
+
+def _ranks_nothing(row: Ranking, ties: bool) -> bool:
+    return len(row.ranks) < 2 or (not ties and len(set(row.ranks)) < 2)
 
 
 def _with_tools(row: Row, columns: Columns) -> Row:

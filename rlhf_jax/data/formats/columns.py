@@ -15,6 +15,7 @@ from rlhf_jax.data.formats.values import (
     conversation,
     entries,
     label,
+    number,
     perhaps,
     prompt_and_answers,
     reply,
@@ -28,7 +29,6 @@ from rlhf_jax.data.rows import (
     Conversation,
     Demonstration,
     Labelled,
-    Left,
     Message,
     Preference,
     Ranking,
@@ -134,8 +134,6 @@ def ranking(columns: Columns, chat: bool) -> Ranking:
     prompt, answers, ranks = _several(columns, "ranks")
     if not all(isinstance(r, int | float) and r == r for r in ranks):
         raise Refusal("'ranks' holds something that is not a number")
-    if len(set(ranks)) < 2:
-        raise Left("all 'ranks' are the same")
     return Ranking(prompt, answers, tuple(float(r) for r in ranks))
 
 
@@ -158,7 +156,18 @@ def labelled_messages(columns: Columns, chat: bool) -> Labelled:
 
 def stepwise(columns: Columns, chat: bool) -> Stepwise:
     prompt, steps, labels = _several(columns, "labels")
-    return Stepwise(prompt, steps, tuple(label(value, "labels") for value in labels))
+    return Stepwise(prompt, steps, tuple(float(label(value, "labels")) for value in labels))
+
+
+RATINGS = {-1: 0.0, 0: 0.5, 1: 1.0}
+
+
+def rated_steps(columns: Columns, chat: bool) -> Stepwise:
+    prompt, steps, ratings = _several(columns, "ratings")
+    numbers = [number(value, "ratings") for value in ratings]
+    if bad := set(numbers) - RATINGS.keys():
+        raise Refusal(f"'ratings' holds {min(bad):g}; allowed are -1, 0, 1")
+    return Stepwise(prompt, steps, tuple(RATINGS[int(value)] for value in numbers))
 
 
 # HH transcripts

@@ -17,7 +17,6 @@ from rlhf_jax.data.formats.values import (
     asked,
     entries,
     fields,
-    label,
     number,
     perhaps,
     reply,
@@ -27,7 +26,6 @@ from rlhf_jax.data.formats.values import (
 from rlhf_jax.data.rows import (
     Conversation,
     Demonstration,
-    Labelled,
     Left,
     Message,
     Preference,
@@ -232,10 +230,7 @@ def finegrained(columns: Columns, chat: bool) -> tuple[Demonstration, ...]:
 
 def finegrained_pairs(columns: Columns, chat: bool) -> tuple[Preference, ...]:
     """Each two of the four predictions of which one was preferred."""
-    predictions = _strings(columns, *(f"prediction {n}" for n in (1, 2, 3, 4)))
-    choices = [whole(value, "preference") for value in entries(columns["preference"], "preference")]
-    if len(choices) != 6 or not set(choices) <= {0, 1, 2}:
-        raise Refusal("'preference' is not six choices from 0, 1, 2")
+    predictions, choices = _six_choices(columns)
     prompt = _from_passages(columns, chat)
     pairs = [
         _compared(prompt, pair, choice - 1, chat)
@@ -247,6 +242,29 @@ def finegrained_pairs(columns: Columns, chat: bool) -> tuple[Preference, ...]:
     return tuple(pairs)
 
 
+def finegrained_ranking(columns: Columns, chat: bool) -> Ranking:
+    """The four predictions by how often each was preferred, a tie half a time for both; equal ones stand once."""
+    predictions, choices = _six_choices(columns)
+    wins = [0.0] * 4
+    for (first, second), choice in zip(itertools.combinations(range(4), 2), choices, strict=True):
+        wins[first] += (0.5, 1, 0)[choice]
+        wins[second] += (0.5, 0, 1)[choice]
+    ranks: dict[str, float] = {}
+    for text, won in zip(predictions, wins, strict=True):
+        if text.strip():
+            ranks.setdefault(text, -won)
+    return Ranking(_from_passages(columns, chat), tuple(reply(text, chat) for text in ranks), tuple(ranks.values()))
+
+
+def _six_choices(columns: Columns) -> tuple[list[str], list[int]]:
+    """Four predictions and what was preferred of each two: 1 the first, 2 the second, 0 neither."""
+    predictions = _strings(columns, *(f"prediction {n}" for n in (1, 2, 3, 4)))
+    choices = [whole(value, "preference") for value in entries(columns["preference"], "preference")]
+    if len(choices) != 6 or not set(choices) <= {0, 1, 2}:
+        raise Refusal("'preference' is not six choices from 0, 1, 2")
+    return predictions, choices
+
+
 def finegrained_spans(columns: Columns, chat: bool) -> Stepwise:
     """The first prediction, cut where an error begins or ends: a piece inside an error is wrong."""
     (text,) = _strings(columns, "prediction 1")
@@ -255,10 +273,16 @@ def finegrained_spans(columns: Columns, chat: bool) -> Stepwise:
     if any(not 0 <= start < end <= len(text) for start, end in spans):
         raise Refusal("an error lies outside of the prediction")
     answer(text, "prediction 1")
+    spans = [(_before_space(text, start), _before_space(text, end)) for start, end in spans]
     cuts = itertools.pairwise(sorted({0, len(text), *itertools.chain(*spans)}))
-    pieces = [(text[a:b], not any(start <= a and b <= end for start, end in spans)) for a, b in cuts]
+    pieces = [(text[a:b], float(not any(start <= a and b <= end for start, end in spans))) for a, b in cuts]
     steps, labels = zip(*pieces, strict=True)
     return Stepwise(_from_passages(columns, chat), tuple(reply(step, chat) for step in steps), labels)
+
+
+def _before_space(text: str, place: int) -> int:
+    """The place before the white space that a place stands behind: tokens begin with it, and a word's own is kept."""
+    return len(text[:place].rstrip()) if place < len(text) else place
 
 
 def _from_passages(columns: Columns, chat: bool) -> Text:
@@ -267,102 +291,6 @@ def _from_passages(columns: Columns, chat: bool) -> Text:
     passages = [[string(part, "passages") for part in one] for one in found]
     told = [f"{title}\n{' '.join(sentences)}" for title, *sentences in passages]
     return asked("\n\n".join([*told, string(columns["question"], "question")]), chat)
-
-
-# Labels of steps and of whole solutions
-
-
-def _stepwise(question: Text, steps: Sequence[str], labels: Sequence[bool], chat: bool) -> Stepwise:
-    """Steps that stand on lines of their own."""
-    if not steps or not all(step.strip() for step in steps):
-        raise Refusal("the solution has no step, or an empty one")
-    lines = [f"{step}\n" for step in steps[:-1]] + [steps[-1]]
-    return Stepwise(question, tuple(reply(line, chat) for line in lines), tuple(labels))
-
-
-def _until(first_wrong: int, steps: Any, name: str, question: Text, chat: bool) -> Stepwise:
-    """Right before the first wrong step, counted from 0, and wrong from it on: what follows builds on it."""
-    texts = [string(step, name) for step in entries(steps, name)]
-    if not 0 <= first_wrong <= len(texts):
-        raise Refusal(f"the first wrong step is no step of the {len(texts)} in {name!r}")
-    return _stepwise(question, texts, [place < first_wrong for place in range(len(texts))], chat)
-
-
-def first_error(columns: Columns, chat: bool) -> Stepwise:
-    """A wrong solution with its first wrong step, counted from 1. MR-GSM8K, arXiv:2312.17080."""
-    place = whole(columns["model_output_solution_first_error_step"], "model_output_solution_first_error_step")
-    if place < 1:
-        raise Refusal("the first wrong step is counted from 1")
-    question = asked(string(columns["question"], "question"), chat)
-    return _until(place - 1, columns["model_output_steps"], "model_output_steps", question, chat)
-
-
-def mistake_index(columns: Columns, chat: bool) -> Stepwise:
-    """Steps with the first wrong one, counted from 0; null if all are right. BIG-Bench Mistake, arXiv:2311.08516."""
-    steps = entries(columns["steps"], "steps")
-    place = whole(columns.get("mistake_index", len(steps)), "mistake_index")
-    return _until(place, steps, "steps", asked(string(columns["input"], "input"), chat), chat)
-
-
-def prm800k(columns: Columns, chat: bool) -> tuple[Stepwise, ...]:
-    """The solution that was walked, and one that ends with each step that was rated and not taken.
-
-    A rating of -1 is wrong, 1 and the neutral 0 are right; steps that people wrote are right. Lightman et al.
-    2023, arXiv:2305.20050.
-    """
-    question = asked(string(fields(columns["question"], "question").get("problem"), "question.problem"), chat)
-    walked: list[tuple[str, bool]] = []
-    ways = []
-    for step in entries(fields(columns["label"], "label").get("steps"), "label.steps"):
-        rated = [
-            fields(one, "completions") for one in perhaps(fields(step, "label.steps").get("completions"), "completions")
-        ]
-        taken = step.get("chosen_completion")
-        ways += [[*walked, _rated(one)] for i, one in enumerate(rated) if i != taken and one.get("rating") is not None]
-        if taken is not None and 0 <= whole(taken, "chosen_completion") < len(rated):
-            walked.append(_rated(rated[taken]))
-        elif step.get("human_completion"):
-            walked.append((string(fields(step["human_completion"], "human_completion").get("text"), "text"), True))
-        else:  # nobody went on from here
-            break
-    else:
-        ways.append(walked)
-    if not ways:
-        raise Left("no step is rated")
-    return tuple(_stepwise(question, *zip(*way, strict=True), chat=chat) for way in ways)
-
-
-def _rated(one: Columns) -> tuple[str, bool]:
-    return string(one.get("text"), "completions.text"), number(one.get("rating"), "completions.rating") >= 0
-
-
-def is_rated_solution(columns: Columns) -> bool:
-    return isinstance(columns.get("question"), Mapping) and isinstance(columns.get("label"), Mapping)
-
-
-def solutions(columns: Columns, chat: bool) -> tuple[Labelled, ...]:
-    """Solutions of several models, right or wrong, one in each column that says so. Cobbe et al. 2021."""
-    question = asked(string(columns["question"], "question"), chat)
-    judged = _judged(columns)
-    if not judged:
-        raise Refusal("no column holds a solution with is_correct")
-    texts = {name: string(v["solution"], f"{name}.solution") for name, v in judged.items()}
-    rows = [
-        Labelled(question, reply(text, chat), label(judged[name]["is_correct"], f"{name}.is_correct"))
-        for name, text in texts.items()
-        if text.strip()
-    ]
-    if not rows:
-        raise Left("all solutions are empty")
-    return tuple(rows)
-
-
-def are_judged(columns: Columns) -> bool:
-    return bool(_judged(columns))
-
-
-def _judged(columns: Columns) -> dict[str, Columns]:
-    return {n: v for n, v in columns.items() if isinstance(v, Mapping) and {"solution", "is_correct"} <= v.keys()}
 
 
 # Prompts for rollouts

@@ -43,6 +43,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/\w+_norm(_bias)?", P(None, None)),
     (r"final_norm(_bias)?", P(None)),
     (r"positions/embedding", P(None, "fsdp")),
+    (r"score", P(None)),
+    (r"score_bias", P()),
 )
 
 
@@ -132,12 +134,12 @@ def for_decoding(params: Any, model: Model) -> Any:
     """A copy of the parameters as sampling reads them: in the compute dtype, whole along fsdp.
 
     Decoding reads every weight for every token; cut along fsdp they would be gathered as often. Quantised
-    kernels stay as they are, and so do norms, which may be computed in more than the compute dtype.
+    kernels stay as they are, and so do norms and scores, which may be computed in more than the compute dtype.
     """
 
     def place(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         path, mesh = path_of(keys), model.layout.mesh
-        if not path.endswith(("/values", "/scales", "_norm")):
+        if not path.endswith(("/values", "/scales", "_norm")) and path not in ("score", "score_bias"):
             leaf = leaf.astype(model.numerics.compute_dtype)
         if mesh is None:
             return leaf

@@ -4,6 +4,7 @@ Only the header of each file is read before everything is known to fit; then eac
 is read from the files by itself, so neither a device nor the host ever holds the whole model.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.decoder import Model, Numerics, Params
-from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.models.families import FAMILIES, score
 from rlhf_jax.models.families.maps import Family, Weight
 from rlhf_jax.ops.layout import Layout
 
@@ -68,7 +69,7 @@ def _json(file: epath.Path) -> Any:
 
 
 def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: Layout = Layout()) -> Model:
-    """The model that a folder's config.json tells of, without its weights."""
+    """The model that a folder's config.json tells of, without its weights; a classifier's has a score as its head."""
     file = epath.Path(path) / "config.json"
     if not file.exists():
         raise UserError(f"model folder {str(path)!r} holds no config.json; give a Hugging Face model folder.")
@@ -80,6 +81,9 @@ def describe(path: str | epath.Path, numerics: Numerics = Numerics(), layout: La
         raise UserError(f"model family {kind!r} of {file} is not supported; supported are {', '.join(FAMILIES)}.")
     try:
         shape = FAMILIES[kind].shape(config)
+        if score.kind_of(config) is not None:
+            score.check(config)
+            shape = dataclasses.replace(shape, head="score")
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     except KeyError as error:
@@ -93,11 +97,17 @@ def _family(model: Model) -> Family:
     return FAMILIES[json.loads(model.source)["model_type"]]
 
 
-def _expected(model: Model) -> dict[str, tuple[int, ...]]:
+def _table(model: Model, config: dict[str, Any]) -> tuple[Weight, ...]:
+    """The tensors of this model in a folder of this config."""
+    own = score.weights(config, _family(model)) if model.shape.head == "score" else ()
+    return (*_family(model).weights(model.shape), *own)
+
+
+def _expected(model: Model, table: tuple[Weight, ...]) -> dict[str, tuple[int, ...]]:
     """Their tensor names and shapes for this model."""
     shapes = _leaves(model.shapes())
     expected = {}
-    for weight in _family(model).weights(model.shape):
+    for weight in table:
         ones = tuple(np.empty(shapes[path].shape[len(weight.axes) :], np.int8) for path in weight.ours)
         saved = weight.map.save(ones, model.shape).shape
         expected |= {weight.name(index): saved for index in weight.indices(model.shape)}
@@ -156,13 +166,13 @@ class _Files:
 
 def _check(model: Model, files: _Files, path: epath.Path) -> None:
     """Refuses files that don't hold exactly this model, naming the first thing that doesn't fit."""
-    expected = _expected(model)
+    expected = _expected(model, _table(model, json.loads(model.source)))
     for name, shape in expected.items():
         if name not in files.handles:
             raise UserError(f"{path} lacks the tensor {name}, which its config.json calls for.")
         if files.shape(name) != shape:
             raise UserError(f"{path}: tensor {name} is {files.shape(name)}, but its config.json calls for {shape}.")
-    known = {*expected, *((_family(model).head,) if model.shape.tied else ())}
+    known = {*expected, *(() if model.shape.own_head else (_family(model).head,))}
     for name in files.handles:
         if name not in known and not name.endswith(IGNORED):
             raise UserError(f"{path} holds the tensor {name}, which a model of its config.json doesn't have.")
@@ -176,6 +186,8 @@ def check(path: epath.Path, model: Model) -> None:
 def load(path: epath.Path, model: Model, place: Place | None = None, change: Change | None = None) -> Params:
     """The parameters of `model` from a folder, each leaf put where `place` says, in `param_dtype`.
 
+    A score that a language model's folder doesn't hold is 0.
+
     Args:
       place: gives the sharding of a leaf from its path and shape; None: the first device.
       change: what stands in the place of a leaf, from its path and itself, before the next one is read.
@@ -185,20 +197,23 @@ def load(path: epath.Path, model: Model, place: Place | None = None, change: Cha
     _check(model, files, path)
     dtype = jnp.dtype(model.numerics.param_dtype)
     shapes = model.shapes()
-    table = _family(model).weights(model.shape)
-    weights = {ours: (weight, part) for weight in table for part, ours in enumerate(weight.ours)}
+    config = json.loads(model.source)
+    weights = {ours: (weight, part) for weight in _table(model, config) for part, ours in enumerate(weight.ours)}
+    constants = score.constants(config)
 
     def leaf(keys: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> Any:
         ours = tuple(key.key for key in keys)
-        weight, part = weights[ours]
-        lead = len(weight.axes)
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
+            if ours not in weights:
+                return np.asarray(np.full(shape.shape, constants[ours], dtype)[index])
+            weight, part = weights[ours]
+            lead = len(weight.axes)
             spans = [range(*cut.indices(size)) for cut, size in zip(index[:lead], shape.shape, strict=False)]
             tensors = (files.read(weight.name(at)) for at in itertools.product(*spans))
             ones = (weight.map.load(tensor, model.shape)[part] for tensor in tensors)
             pieces = np.stack([one[index[lead:]].astype(dtype) for one in ones])
-            return pieces.reshape(*map(len, spans), *pieces.shape[1:])
+            return pieces.reshape((*map(len, spans), *pieces.shape[1:]))
 
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if place is None else place(ours, shape)
         whole = jax.make_array_from_callback(shape.shape, sharding, piece)  # pyright: ignore[reportArgumentType]
@@ -222,34 +237,41 @@ def write(
     fetch: Callable[[jax.Array], np.ndarray] = np.asarray,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    kind: score.Kind | None = None,
 ) -> None:
     """Writes config.json and safetensors (sharded with an index above `shard_bytes`) that transformers loads.
 
     One file's tensors are in memory at a time. `fetch` brings a leaf, or a layer of it, to the host. A model
     that was written here before is replaced.
+
+    Args: kind: of a model with a score, what transformers is to load it as: a sequence classifier of one label,
+      which is also what None means, or a token classifier of two, wrong and right, whose logits are 0 and the score.
+    Errors: UserError if transformers has no such class; ValueError for a kind of a model of words.
     """
+    config = _config_of(model, params, kind, fetch)
     path = epath.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"):
         for older in path.glob(name):  # of another number of files, it would be read in the new one's place
             older.unlink()
     leaves = _leaves(params)
-    kind = np.dtype(dtype or model.numerics.param_dtype)
-    expected = _expected(model)
+    stored = np.dtype(dtype or model.numerics.param_dtype)
+    table = _table(model, config)
+    expected = _expected(model, table)
     files: list[list[str]] = [[]]
     room = shard_bytes
     for name, shape in expected.items():
-        size = int(np.prod(shape)) * kind.itemsize
+        size = int(np.prod(shape)) * stored.itemsize
         if size > room and files[-1]:
             files.append([])
             room = shard_bytes
         files[-1].append(name)
         room -= size
     tensors = {}
-    for weight in _family(model).weights(model.shape):
+    for weight in table:
         parts = [leaves[path] for path in weight.ours]
         for index in weight.indices(model.shape):
-            tensors[weight.name(index)] = functools.partial(_tensor, weight, model, parts, index, fetch, kind)
+            tensors[weight.name(index)] = functools.partial(_tensor, weight, model, parts, index, fetch, stored)
     total = len(files)
     where = {}
     for number, names in enumerate(files, start=1):
@@ -257,12 +279,24 @@ def write(
         save_file({name: tensors[name]() for name in names}, os.fspath(path / file), metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
     if total > 1:
-        size = sum(int(np.prod(shape)) for shape in expected.values()) * kind.itemsize
+        size = sum(int(np.prod(shape)) for shape in expected.values()) * stored.itemsize
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = json.loads(model.source) | {"dtype": kind.name}
+    config |= {"dtype": stored.name}
     config.pop("torch_dtype", None)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _config_of(model: Model, params: Params, kind: score.Kind | None, fetch: Callable) -> dict[str, Any]:
+    """The config that a model is written with."""
+    config = json.loads(model.source)
+    if model.shape.head == "words":
+        if kind is not None:
+            raise ValueError(f"a model of words is not written as {kind} classification")
+        return config
+    config = score.as_classifier(config, _family(model), kind or "sequence")
+    bias = {"score_bias": float(fetch(params["score_bias"]))} if kind != "token" else {}
+    return config | bias
 
 
 def _tensor(

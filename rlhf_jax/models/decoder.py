@@ -7,7 +7,7 @@ compile time do not grow with depth. `Model` is what the rest of the project see
 
 import dataclasses
 import functools
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, overload
 
 import flax.linen as nn
 import jax
@@ -211,8 +211,11 @@ class Decoder(_Module):
         init = nn.initializers.normal(shape.spread)
         dtype = jnp.dtype(numerics.param_dtype)
         table = self.param("embedding", init, (shape.vocab, shape.width), dtype)
-        if not shape.tied:
+        if shape.own_head:
             self.param("head", init, (shape.vocab, shape.width), dtype)
+        if shape.head == "score":
+            self.param("score", nn.initializers.zeros, (shape.width,), dtype)
+            self.param("score_bias", nn.initializers.zeros, (), dtype)
         # Looked up whole along its width: the partitioner can't look up a table that is cut both ways.
         x = jnp.take(self.layout.constrain(table, "vocab", None), tokens, axis=0).astype(numerics.compute_dtype)
         if shape.embed_scale != 1:
@@ -253,6 +256,10 @@ class Model:
     def without_adapter(self) -> "Model":
         """The base: the same model with its adapter switched off."""
         return dataclasses.replace(self, adapter=None)
+
+    def with_head(self, head: Literal["words", "score"]) -> "Model":
+        """The same model with this head."""
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, head=head))
 
     @property
     def _module(self) -> Decoder:
@@ -302,7 +309,9 @@ class Model:
         return hidden[:, 0], new  # type: ignore[return-value]
 
     def head(self, params: Params) -> Head:
-        """The output head, in the compute dtype."""
+        """The word head, in the compute dtype. Errors: ValueError if there is a score in its place."""
+        if self.shape.head != "words":
+            raise ValueError("a model with a score head says nothing of words; read it with `score`")
         kernel = params["embedding" if self.shape.tied else "head"]
         return Head(kernel.astype(self.numerics.compute_dtype))
 
@@ -331,20 +340,47 @@ class Model:
           want: balance is that of the experts (`experts.balance`), averaged over layers; it is about token t
             where it stands, of every token that isn't padding, whatever the mask.
         """
-        inputs = rows["tokens"], rows["segments"], rows["positions"]
-        module = self._module.clone(weigh="balance" in want)
-        hidden, _, balance = module.apply({"params": params}, *inputs)  # type: ignore[misc]
-        if module.weigh and balance is None:
-            raise ValueError("a model without experts has no balance to give")
+        head = self.head(params)
+        hidden, balance = self._weighed(params, rows, "balance" in want)
         ahead = lambda x: jnp.roll(x, -1, axis=1)
         same = (ahead(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
         stats = token_logprobs(
-            hidden, self.head(params), ahead(rows["tokens"]), ahead(rows["mask"]) & same,
+            hidden, head, ahead(rows["tokens"]), ahead(rows["mask"]) & same,
             temperature=temperature, soft_cap=self.shape.soft_cap,
             want=tuple(stat for stat in want if stat != "balance"), chunk=self.numerics.chunk, layout=self.layout,
         )  # fmt: skip
         stats = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
-        return stats if balance is None else stats._replace(balance=jnp.mean(balance, axis=0))
+        return stats if balance is None else stats._replace(balance=balance)
+
+    @overload
+    def score(self, params: Params, rows: dict[str, Array], balance: Literal[False] = False) -> Array: ...
+    @overload
+    def score(self, params: Params, rows: dict[str, Array], balance: bool) -> Any: ...
+
+    def score(self, params: Params, rows: dict[str, Array], balance: bool = False) -> Any:
+        """The score read at every token, hidden . score + score_bias, float32 [B, T]; 0 at padding.
+
+        Args:
+          rows: tokens, segments, positions [B, T] int.
+          balance: also return that of the experts, as `token_stats` gives it.
+        Errors: ValueError for a model of words.
+        """
+        if self.shape.head != "score":
+            raise ValueError("a model with a word head has no score to give; see `with_head`")
+        hidden, weights = self._weighed(params, rows, balance)
+        kernel, bias = (params[name].astype(jnp.float32) for name in ("score", "score_bias"))
+        scores = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
+        scores = jnp.where(rows["segments"] != 0, scores, 0)
+        return (scores, weights) if balance else scores
+
+    def _weighed(self, params: Params, rows: dict[str, Array], weigh: bool) -> tuple[Array, Array | None]:
+        """Hidden states as `apply`, and each token's balance of the experts [B, T] if asked for."""
+        module = self._module.clone(weigh=weigh)
+        inputs = rows["tokens"], rows["segments"], rows["positions"]
+        hidden, _, balance = module.apply({"params": params}, *inputs)  # type: ignore[misc]
+        if weigh and balance is None:
+            raise ValueError("a model without experts has no balance to give")
+        return hidden, None if balance is None else jnp.mean(balance, axis=0)
 
 
 @functools.lru_cache(maxsize=32)

@@ -19,6 +19,7 @@ from rlhf_jax.models.linear import Lora
 from rlhf_jax.models.quantise import is_quantised, quantise_kernel, wide_kernel
 
 LEAVES = ("lora_a", "lora_b")
+SCORE = ("score", "score_bias")  # trained whole beside an adapter, whose base keeps the ones it was read with
 MAPS = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
 """Every map that may carry an adapter, and how many axes of its kernel, after that of the layers, are inputs."""
 
@@ -82,13 +83,14 @@ def attach(lora: Lora, model: Model) -> Model:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """The adapter's leaves and the base's, each a tree with the same paths."""
+    """The adapter's leaves, a score among them, and the base's, each a tree with the same paths."""
     if not isinstance(params, dict):
         return {}, params
-    adapter = {name: leaf for name, leaf in params.items() if name in LEAVES}
+    own = (*LEAVES, *SCORE)
+    adapter = {name: leaf for name, leaf in params.items() if name in own}
     base = {}
     for name, part in params.items():
-        if name in LEAVES:
+        if name in own:
             continue
         inner, rest = split(part)
         if inner:
@@ -98,7 +100,7 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def join(adapter: Params, base: Params) -> Params:
-    """The tree that a model with an adapter takes."""
+    """The tree that a model with an adapter takes; what both have is the adapter's."""
     joined = dict(base)
     for name, part in adapter.items():
         joined[name] = join(part, base[name]) if isinstance(part, dict) else part
@@ -106,8 +108,16 @@ def join(adapter: Params, base: Params) -> Params:
 
 
 def init_adapter(model: Model, key: Array) -> Params:
-    """A new adapter, which changes nothing yet; jit it with out_shardings: the base's weights are not made."""
+    """A new adapter, which changes nothing yet; jit it with out_shardings: the base's weights are not made.
+
+    A score in it is 0; see `with_score`.
+    """
     return split(model.init(key))[0]
+
+
+def with_score(adapter: Params, base: Params) -> Params:
+    """The adapter with copies of the base's score, so that one of a reward model changes nothing either."""
+    return {**adapter, **{name: jnp.copy(base[name]) for name in SCORE if name in base}}
 
 
 # ---- the base
@@ -134,7 +144,7 @@ def base_shapes(model: Model) -> Params:
 
 
 def merge(model: Model, adapter: Params, base: Params) -> tuple[Model, Params]:
-    """The plain model that says the same, W + scale A B in each map, in the parameters' dtype.
+    """The plain model that says the same, W + scale A B in each map and the adapter's score, in the parameters' dtype.
 
     A quantised base is made wide first, all of it: the merged model is as large as the one it came from.
     """
@@ -149,7 +159,8 @@ def merge(model: Model, adapter: Params, base: Params) -> tuple[Model, Params]:
             kernel = wide_kernel(kernel, jnp.float32) + scale * product(factors)
         if factors is not None or is_quantised(kernel):
             layers[name] = {**layers[name], "kernel": wide_kernel(kernel, dtype)}
-    return model.without_adapter(), {**base, "layers": layers}
+    score = {name: adapter[name] for name in SCORE if name in adapter}
+    return model.without_adapter(), {**base, **score, "layers": layers}
 
 
 def product(factors: Params) -> Array:

@@ -105,9 +105,15 @@ def write_peft(
     Args:
       base: what base_model_name_or_path says: a folder or Hub name of the weights under the adapter.
       fetch: brings a leaf to the host.
+    Errors: UserError for a reward model.
     """
     lora = model.adapter
     assert lora is not None, "the model has no adapter"
+    if model.shape.head == "score":
+        raise UserError(
+            "the score of a reward model can't be written into an adapter's files; drop --adapter to export the merged "
+            "model."
+        )
     leaves = {name: jax.tree.map(fetch, part) for name, part in adapter["layers"].items()}
     tensors, ranks, alphas, turned = {}, {}, {}, False
     for module in modules(model):

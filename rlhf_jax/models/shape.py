@@ -48,6 +48,7 @@ class Shape:
     parallel: bool = False  # attention and MLP read the same x
     qk_norm: Literal["", "head", "whole"] = ""  # of queries and keys: none, head by head, or over all heads
     tied: bool = False
+    head: Literal["words", "score"] = "words"  # a score is one number a token, for reward models
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -60,6 +61,11 @@ class Shape:
     learned_positions: bool = False  # a table of `length` vectors that are added to the embeddings
     experts: Experts | None = None  # in the place of the MLP
     spread: float = 0.02  # standard deviation of random weights
+
+    @property
+    def own_head(self) -> bool:
+        """Whether there is a word head with weights of its own."""
+        return self.head == "words" and not self.tied
 
     @property
     def turning_point(self) -> int | None:

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +56,24 @@ def find(name: str, flag: str = "--config.model.path") -> Start:
         ) from error
 
 
-def describe(start: Start, numerics: Numerics = Numerics(), layout: Layout = Layout()) -> Model:
-    """The model, without its weights; an adapter leaves no trace in it."""
-    return checkpoint.describe(start.base, numerics, layout)
+def describe(
+    start: Start,
+    numerics: Numerics = Numerics(),
+    layout: Layout = Layout(),
+    head: Literal["words", "score"] | None = None,
+) -> Model:
+    """The model, without its weights; an adapter leaves no trace in it.
+
+    Args: head: the one that is wanted; a score on a language model begins at 0; None: as the folder has it.
+    Errors: UserError where words are wanted of a reward model.
+    """
+    model = checkpoint.describe(start.base, numerics, layout)
+    if head == "words" and model.shape.head == "score":
+        raise UserError(
+            f"{start.base} holds a reward model, not a language model; give a folder whose architectures in "
+            "config.json end in ForCausalLM."
+        )
+    return model if head is None else model.with_head(head)
 
 
 def check(start: Start, model: Model) -> None:

@@ -66,7 +66,7 @@ def gpt2_weights(shape: Shape) -> tuple[Weight, ...]:
         *linear(layer + "mlp.c_fc", "up", True, SAME),
         *linear(layer + "mlp.c_proj", "down", True, SAME),
     )
-    return out if shape.tied else (*out, plain("lm_head.weight", "head"))
+    return (*out, plain("lm_head.weight", "head")) if shape.own_head else out
 
 
 def neox_weights(shape: Shape) -> tuple[Weight, ...]:
@@ -82,4 +82,4 @@ def neox_weights(shape: Shape) -> tuple[Weight, ...]:
         *linear(layer + "mlp.dense_h_to_4h", "up", True, TURN),
         *linear(layer + "mlp.dense_4h_to_h", "down", True, TURN),
     )
-    return out if shape.tied else (*out, plain("embed_out.weight", "head"))
+    return (*out, plain("embed_out.weight", "head")) if shape.own_head else out

@@ -74,8 +74,8 @@ def weights(shape: Shape) -> tuple[Weight, ...]:
 
 
 def head(shape: Shape) -> list[Weight]:
-    """The head, if it has weights of its own."""
-    return [] if shape.tied else [plain("lm_head.weight", "head")]
+    """The word head, if it has weights of its own."""
+    return [plain("lm_head.weight", "head")] if shape.own_head else []
 
 
 def norms(shape: Shape) -> list[Weight]:

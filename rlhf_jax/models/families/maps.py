@@ -51,15 +51,20 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A reader of configs and a table of weights.
+    """A reader of configs and a table of weights, all but those of a score.
 
-    `prefix` begins the names of all weights but the head's; checkpoints of the bare decoder leave it out.
+    `stem` begins the names of its classes in transformers. `prefix` begins the names of all weights but the head's;
+    checkpoints of the bare decoder leave it out. `token`: it has a class for token classification, whose head is
+    called `classifier`.
     """
 
     shape: Callable[[Mapping[str, Any]], Shape]
     weights: Callable[[Shape], tuple[Weight, ...]]
+    stem: str
     prefix: str = "model."
     head: str = "lm_head.weight"
+    classifier: str = "score"
+    token: bool = True
 
 
 def _single(load: Callable[[np.ndarray, Shape], np.ndarray], save: Callable[[np.ndarray, Shape], np.ndarray]) -> Map:

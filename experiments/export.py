@@ -13,7 +13,8 @@ from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models import peft
-from rlhf_jax.workdir import load_policy, load_trained
+from rlhf_jax.objective import choose
+from rlhf_jax.workdir import load_config, load_policy, load_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,10 @@ def main(program: Export) -> None:
         _adapter(program, workdir, out)
         return
     policy = load_policy(workdir, program.step)
-    hf.write(out, policy.model, policy.params, fetch=sharding.fetch)
+    kind = None
+    if policy.model.shape.head == "score":
+        kind = "token" if choose(load_config(workdir)).reads.form == "stepwise" else "sequence"
+    hf.write(out, policy.model, policy.params, fetch=sharding.fetch, kind=kind)
     policy.tokenizer.save_pretrained(os.fspath(out))
     print(f"wrote step {policy.step} of {workdir} to {out}")
 

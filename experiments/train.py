@@ -6,7 +6,7 @@ from typing import Annotated
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 
-from rlhf_jax import flags, run
+from rlhf_jax import flags, run, sweep
 from rlhf_jax.config import Config
 
 
@@ -22,7 +22,10 @@ class Train:
 def main(program: Train) -> None:
     """Runs it."""
     run.use_compile_cache()
-    run.train(program.config, program.workdir, program.resume)
+    if program.config.reward.members > 1:
+        sweep.train_ensemble(program.config, program.workdir, program.resume)
+    else:
+        run.train(program.config, program.workdir, program.resume)
 
 
 if __name__ == "__main__":

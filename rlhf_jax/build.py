@@ -1,5 +1,6 @@
 """An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,6 +17,7 @@ from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.step import Batch, Objective, Optimizer, Reads
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
+from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader, once
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
@@ -50,6 +52,7 @@ class Built(NamedTuple):
     tokenizer: Any
     data: dataset.Dataset
     held_out: tuple[dataset.Example, ...]
+    demonstrations: tuple[dataset.Example, ...]  # whose mean score a checkpoint moves to 0
     loader: Loader
     parts: tuple[Part, ...]  # the losses
     reads: Reads  # what they ask of the data
@@ -68,29 +71,40 @@ class Built(NamedTuple):
         return getattr(ALGORITHMS[self.config.algorithm], what)(*more)
 
     @property
+    def _section(self) -> Any:
+        """The algorithm's own part of the config."""
+        return getattr(self.config, self.config.algorithm, None)
+
+    @property
     def objective(self) -> Objective:
         """What is differentiated."""
-        return self._of_algorithm("make_objective", self.model, self.parts, self.config.preference)
+        return self._of_algorithm("make_objective", self.model, self.parts, self._section)
 
     @property
     def judge(self) -> Callable[..., Any]:
         """The objective, and what is said of single rows."""
-        return self._of_algorithm("make_judge", self.model, self.parts, self.config.preference)
+        return self._of_algorithm("make_judge", self.model, self.parts, self._section)
 
     def prepare(self, reference: Any, compiled: Callable[..., Any]) -> Callable[..., Iterator[Batch]]:
         """Batches from rows."""
-        return self._of_algorithm("make_prepare", self.model, self.parts, self.config.preference, reference, compiled)
+        return self._of_algorithm("make_prepare", self.model, self.parts, self._section, reference, compiled)
 
     def carry(self, params: Any) -> Any:
         """The algorithm's own state at the start."""
-        return self._of_algorithm("make_carry", self.parts, self.config.preference, params)
+        return self._of_algorithm("make_carry", self.parts, self._section, params)
 
     @property
     def advance(self) -> Callable[..., Any] | None:
         """How that state moves; None if there is none."""
-        return self._of_algorithm("make_advance", self.parts, self.config.preference)
+        return self._of_algorithm("make_advance", self.parts, self._section)
 
-    def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool) -> Iterator[Batch]:
+    @property
+    def fresh_head(self) -> bool:
+        """Whether the score head is a new one, which no checkpoint has."""
+        words = start.describe(self.start).shape.head == "words"
+        return self.model.shape.head == "score" and (words or self.config.model.init == "random")
+
+    def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool = False) -> Iterator[Batch]:
         """Every example once, in batches of the training size, this process's rows."""
         size = self.config.train.batch_size
         return once(
@@ -121,7 +135,7 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda x: x >= 1,
         (
             "train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk",
-            "preference.sync_every",
+            "preference.sync_every", "reward.members",
         ),
     ),
     "at least 0": (
@@ -129,7 +143,7 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "evaluate.patience",
             "data.threads", "train.balance", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
-            "loss.weights", "loss.desirable_weight", "loss.undesirable_weight", "loss.z_loss",
+            "loss.weights", "loss.desirable_weight", "loss.undesirable_weight", "loss.z_loss", "loss.centre",
         ),
     ),
     "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
@@ -138,7 +152,7 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         ("optimizer.decay", "preference.sync_mix"),
     ),
     "above 0 and below 1": (lambda x: 0 < x < 1, ("loss.tau",)),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, ("preference.length_alpha",)),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, ("preference.length_alpha", "loss.neutral")),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2", "optimizer.momentum")),
     "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
     "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("seed",)),
@@ -237,6 +251,11 @@ def check(config: Config) -> Checked:
     """
     _check_values(config)
     _check_patience(config)
+    if config.reward.members > 1:
+        raise UserError(
+            f"--config.reward.members={config.reward.members} is an ensemble, which python -m experiments.train trains "
+            "(from Python: rlhf_jax.sweep.train_ensemble); leave it at 1 here."
+        )
     metrics.check(config.log)
     chosen = objective.choose(config)
     make_optimizer, rates = _optimizer(config)
@@ -258,7 +277,9 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     """
     memory = memory or Memory()
     chosen, make_optimizer, rates, mesh = check(config)
-    found, model = memory.get(("model", config.model, config.lora, config.mesh), lambda: _model(config, mesh))
+    found, model = memory.get(
+        ("model", config.algorithm, config.model, config.lora, config.mesh), lambda: _model(config, mesh)
+    )
     length = model.shape.length if config.data.length is None else config.data.length
     if length > model.shape.length:
         raise UserError(
@@ -269,24 +290,44 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     rows = memory.get(
         ("rows", config.model, config.data, form), lambda: dataset.read(config.data, encoder, form, length)
     )
-    which = config.model, config.data, form, config.seed
-    data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, config.seed))
+    split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
+    which = config.model, config.data, form, split_seed
+    data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, split_seed))
     _check_data(data, model, chosen)
     held_out = _held_out(config, data, chosen.reads)
+    demonstrations = _demonstrations(config, encoder, length)
     size, mismatched = config.train.batch_size, chosen.reads.mismatched
-    loader = memory.get(("loader", *which, size, mismatched), lambda: _loader(config, data, form, length, mismatched))
+    loader = memory.get(
+        ("loader", *which, config.seed, size, mismatched), lambda: _loader(config, data, form, length, mismatched)
+    )
     steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
     return Built(
-        config, workdir, mesh, model, found, tokenizer, data, held_out, loader, chosen.parts, chosen.reads,
-        make_optimizer(steps), hyper, steps,
+        config, workdir, mesh, model, found, tokenizer, data, held_out, demonstrations, loader, chosen.parts,
+        chosen.reads, make_optimizer(steps), hyper, steps,
     )  # fmt: skip
 
 
+DEMONSTRATIONS = 256  # the first of them are enough for a mean
+
+
+def _demonstrations(config: Config, encoder: Encoder, length: int) -> tuple[dataset.Example, ...]:
+    """What the scores of a reward model are measured from."""
+    paths = config.reward.demonstrations
+    if not paths:
+        return ()
+    data = dataclasses.replace(Data(), path=paths, chat_template=config.data.chat_template, special=config.data.special)
+    read = dataset.read(data, encoder, "demonstration", length)
+    return dataset.split(read, dataclasses.replace(data, eval_share=0.0), 0).train[:DEMONSTRATIONS]
+
+
 def _loader(config: Config, data: dataset.Dataset, form: str, length: int, mismatched: bool) -> Loader:
+    examples = dataset.unpaired(data.train) if form == "labelled" else data.train
+    if config.data.bootstrap:
+        examples = dataset.bootstrap(examples, config.seed)
     return Loader(
-        dataset.unpaired(data.train) if form == "labelled" else data.train, batch_size=config.train.batch_size,
-        seed=config.seed, length=length, buckets=config.data.buckets, weights=config.data.weights,
+        examples, batch_size=config.train.batch_size, seed=config.seed, length=length,
+        buckets=config.data.buckets, weights=config.data.weights,
         mismatched=mismatched, pack=config.data.pack,
     )  # fmt: skip
 
@@ -294,7 +335,8 @@ def _loader(config: Config, data: dataset.Dataset, form: str, length: int, misma
 def _model(config: Config, mesh: Mesh) -> tuple[start.Start, Model]:
     """Where the model lies, and the model with its adapter, checked against the weights and the mesh."""
     found = start.find(str(config.model.path))
-    plain = start.describe(found, config.model.numerics(), Layout(mesh))
+    head = "score" if config.algorithm == "reward" else "words"
+    plain = start.describe(found, config.model.numerics(), Layout(mesh), head)
     if config.model.init == "checkpoint":
         start.check(found, plain)
     model = lora.attach(config.lora, plain)

@@ -135,6 +135,13 @@ def latest(folder: epath.Path) -> int | None:
     return sealed[-1] if sealed else None
 
 
+def read_host(folder: epath.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds besides arrays: see `Checkpoints.save`."""
+    folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other
+    with ocp.CheckpointManager(folder, item_handlers={"host": ocp.JsonCheckpointHandler()}) as manager:
+        return manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+
+
 def restore_params(folder: epath.Path, step: int, like: Any) -> Any:
     """The parameters of a checkpoint alone, placed like `like` (shapes with shardings)."""
     folder = folder if folder.is_absolute() else folder.resolve()  # Orbax takes no other

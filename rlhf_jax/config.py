@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS
 from rlhf_jax.algorithms.preference import PreferenceConfig
+from rlhf_jax.algorithms.reward import RewardConfig
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.data.config import Data
 from rlhf_jax.losses import LOSSES
@@ -84,13 +85,14 @@ class Config:
     """One training run."""
 
     seed: Annotated[int, "of the rows' order, the held-out split and random weights"] = 0
-    algorithm: Annotated[Literal["sft", "preference"], "what learns"] = "preference"
+    algorithm: Annotated[Literal["sft", "preference", "reward"], "what learns"] = "preference"
     cache: Annotated[str, "folder of reference columns that runs share"] = "~/.cache/rlhf_jax"
     model: ModelConfig = ModelConfig()
     lora: Lora = Lora()
     data: Data = Data()
     loss: Loss = Loss()  # pyright: ignore[reportInvalidTypeForm]
     preference: PreferenceConfig = PreferenceConfig()
+    reward: RewardConfig = RewardConfig()
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.completions import REFERENCE, reference_columns
-from rlhf_jax.algorithms.step import ADAPTER, INIT, TrainState, make_state
+from rlhf_jax.algorithms.reward import answer_scores, new_head
+from rlhf_jax.algorithms.step import ADAPTER, INIT, Batch, TrainState, flat_rows, make_state, whole
 from rlhf_jax.build import Built
 from rlhf_jax.data import dataset
 from rlhf_jax.data.columns import Columns, fill
@@ -51,6 +53,8 @@ def new_state(built: Built, params: Any, key: jax.Array, hyper: Any = None) -> T
     Args: hyper: the numbers of another experiment that shares this one's program; None: its own.
     """
     numbers = built.hyper if hyper is None else hyper
+    if built.fresh_head and built.config.reward.head == "normal":
+        params = new_head(params, key)
     return make_state(params, numbers, built.optimizer, key, carry=built.carry(params))
 
 
@@ -130,3 +134,17 @@ def _visited(built: Built, first: int) -> list[dataset.Example]:
     span = range(first * loader.batch_size, max(first, built.steps) * loader.batch_size)
     rows = sorted({loader.order(p) for p in span})
     return [loader.examples[place] for row in rows for place in loader.rows[row]]
+
+
+# ---- where a reward model's scores are 0
+
+
+def demonstration_sums(built: Built) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """(params, frozen, batch of demonstrations) -> the sum of their scores, and how many there are."""
+
+    def sums(params: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        scores = answer_scores(built.model.score(whole(params, frozen), flat_rows(batch)), batch)
+        weight = batch["weight"].reshape(-1, 1)
+        return jnp.sum(jnp.where(weight > 0, scores * weight, 0)), jnp.sum(weight)
+
+    return sums

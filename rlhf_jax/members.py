@@ -142,9 +142,9 @@ class Member:
         self.row["num_tokens"] = self.tokens
         self.log.step(self.row, tokens)
 
-    def save(self, step: int, position: int, state: Any, pending: list[Batch]) -> None:
-        """Starts writing a checkpoint; returns when the arrays are copied."""
-        host = {"position": position, "tokens": self.tokens, "evaluated": self.evaluated}
+    def save(self, step: int, position: int, state: Any, pending: list[Batch], shift: float) -> None:
+        """Starts writing a checkpoint; returns when the arrays are copied. `shift`: see `workdir.Held`."""
+        host = {"position": position, "tokens": self.tokens, "evaluated": self.evaluated, "shift": shift}
         host["data"] = self.built.data.fingerprint
         # An evaluation scores one checkpoint, the first after it: of equal scores the newest would be kept.
         at = self.evaluated.get("step")

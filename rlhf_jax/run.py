@@ -22,9 +22,18 @@ from rlhf_jax.build import Built, build, check
 from rlhf_jax.checkpoint import Restored
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
-from rlhf_jax.initial import Tables, base_params, new_adapter, new_state, reference_tables, state_shapes
+from rlhf_jax.initial import (
+    Tables,
+    base_params,
+    demonstration_sums,
+    new_adapter,
+    new_state,
+    reference_tables,
+    state_shapes,
+)
 from rlhf_jax.members import Axis, Member, Way, patience
 from rlhf_jax.metrics import wilson
+from rlhf_jax.models import lora
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.workdir import check_base, last_line, open_workdir
 
@@ -104,14 +113,16 @@ def announce(built: Built) -> None:
     if built.loader.packed:
         print(f"packed: {built.loader.describe()}")
     first = built.loader.examples[built.loader.rows[built.loader.order(0)][0]]
+    used = "trained" if built.model.shape.head == "words" else "scored"
     for number, tokens in enumerate(first.completions):
-        trained = built.tokenizer.decode(tokens.ids[tokens.start :])
+        answer = built.tokenizer.decode(tokens.ids[tokens.start :])
+        steps = f", {len(tokens.ends)} steps" if len(tokens.ends) else ""
         print(
             f"first row, {first.where}, completion {number + 1}: {len(tokens)} tokens, "
-            f"{int(tokens.mask.sum())} of them trained"
+            f"{int(tokens.mask.sum())} of them {used}{steps}"
         )
         print(f"  prompt  | {built.tokenizer.decode(tokens.prompt)!r}")
-        print(f"  trained | {trained!r}", flush=True)
+        print(f"  {used:7} | {answer!r}", flush=True)
 
 
 class Run:
@@ -166,7 +177,7 @@ class Run:
             donate_argnums=0 if len(builts) == 1 or adapted else (),
         )  # fmt: skip
         numbers = lambda built: jax.tree.map(np.float32, built.hyper)
-        trained = lambda built: new_adapter(built) if adapted else self._base()
+        trained = lambda built: lora.with_score(new_adapter(built), self.frozen) if adapted else self._base()
         return [make(trained(built), jax.random.PRNGKey(built.config.seed), numbers(built)) for built in builts]
 
     def _compile(self, places: TrainState) -> None:
@@ -189,6 +200,7 @@ class Run:
             donate_argnums=0,
         )  # fmt: skip
         self.judge = jax.jit(axis.over(built.judge, shared=(1, 4)), out_shardings=everywhere)
+        self.scored = jax.jit(axis.over(demonstration_sums(built), shared=(1, 2)), out_shardings=everywhere)
         # Of (params, frozen, fixed, carry, hyper, rows) the members share what is frozen and what is fixed.
         live = lambda function: jax.jit(axis.over(function, shared=(1, 2)), out_shardings=rows)
         self.prepare = built.prepare(self.reference, live)
@@ -283,9 +295,18 @@ class Run:
         return len(self.members) == 1 and self.members[0].patience.ended
 
     def _save(self, step: int, rest: list[Batch]) -> None:
+        shifts = self._shifts()
         for number, member in enumerate(self.members):
             state, *pending = (self.axis.pick(tree, number) for tree in (self.state, *rest))
-            member.save(step, self.position, state, pending)
+            member.save(step, self.position, state, pending, shifts[number])
+
+    def _shifts(self) -> list[float]:
+        """What each member's scores must be moved by, so that demonstrations score 0 on average; 0 without any."""
+        totals = np.zeros((2, len(self.members)))
+        for rows in self.built.rows_once(self.built.demonstrations):
+            sums = self.scored(self.state.params, self.frozen, sharding.place_rows(rows, self.built.mesh))
+            totals += np.reshape(np.asarray(jax.device_get(sums), np.float64), totals.shape)
+        return (-totals[0] / np.maximum(totals[1], 1)).tolist()
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
         for member, values in zip(self.members, self.axis.split(jax.device_get(metrics)), strict=True):

@@ -6,6 +6,7 @@ take each step at once; each leaves the folder that it would have left alone.
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -159,6 +160,31 @@ def train_group(group: Sequence[Ready], way: Way = "map") -> None:
     names = ", ".join(one.member.name for one in group)
     print(f"together: {len(group)} members in one program: {names}", flush=True)
     Run([one.built for one in group], first.step, way).train()
+
+
+def ensemble(config: Config) -> list[Planned]:
+    """The members of the ensemble that a config asks for: alike but for their seeds, held to the same rows."""
+    split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
+    alone = fields.replace(config, {"reward.members": 1, "data.split_seed": split_seed})
+    seeds = [{"seed": (config.seed + number) % 2**32} for number in range(config.reward.members)]
+    return [Planned(f"seed={one['seed']}", one, fields.replace(alone, one)) for one in seeds]
+
+
+def train_ensemble(config: Config, workdir: str, resume: bool = False) -> None:
+    """Trains `config.reward.members` models in one program; each leaves `members/seed=N`, a run that stands alone.
+
+    Args: as of `run.train`.
+    Errors: UserError as `run.train` would refuse a member, and for a folder that holds a run or an ensemble already.
+    """
+    if not workdir:
+        raise UserError("--workdir is empty; give the folder that the run writes to.")
+    place, members = epath.Path(os.path.expanduser(workdir)), ensemble(config)
+    if (place / "config.json").exists():
+        raise UserError(f"workdir {workdir!r} holds a single model, not an ensemble; give another --workdir.")
+    if not resume and (place / "members").exists():
+        raise UserError(f"workdir {workdir!r} already holds an ensemble; continue it with --resume or give another.")
+    for group in groups(ready(members, place, Memory()), len(members)):  # several if a kill parted their checkpoints
+        train_group(group)
 
 
 def shard(members: Sequence[Planned], part: str) -> list[Planned]:

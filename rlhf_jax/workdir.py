@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 
 from rlhf_jax import fields, sharding
 from rlhf_jax.build import load_tokenizer, tokenizer_folder
-from rlhf_jax.checkpoint import is_sealed, latest, restore_params
+from rlhf_jax.checkpoint import is_sealed, latest, read_host, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora, start
@@ -106,7 +107,7 @@ def best_step(workdir: epath.Path) -> int:
 
 
 class Policy(NamedTuple):
-    """A trained model with what it takes to use it."""
+    """A model, one that writes or one that scores, with what it takes to use it."""
 
     model: Model
     params: Any
@@ -123,6 +124,7 @@ class Held(NamedTuple):
     model: Model
     params: Any
     step: int
+    shift: float  # what a reward model's scores are moved by, so that demonstrations score 0 on average
 
 
 def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Held:
@@ -141,21 +143,28 @@ def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.shardin
         raise UserError(f"{str(workdir)!r} does not hold {wanted}; it holds those of steps {there or 'none'}.")
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
     found = start.find(str(config.model.path))
-    model = lora.attach(config.lora, start.describe(found, config.model.numerics(), Layout(mesh)))
+    head = "score" if config.algorithm == "reward" else "words"
+    model = lora.attach(config.lora, start.describe(found, config.model.numerics(), Layout(mesh), head))
     shapes = model.shapes() if model.adapter is None else lora.split(model.shapes())[0]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     like = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
-    return Held(config, found, model, restore_params(folder, at, like), at)
+    shift = read_host(folder, at).get("shift", 0.0)  # older checkpoints have none
+    return Held(config, found, model, restore_params(folder, at, like), at, shift)
 
 
 def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
-    """The model that a run holds, as `load_trained`; an adapter is merged into the weights that it was trained on."""
-    config, found, model, params, step = load_trained(workdir, step, mesh)
+    """The model that a run holds, as `load_trained`; an adapter is merged into the weights that it was trained on.
+
+    The scores of a reward model are shifted as the checkpoint says.
+    """
+    config, found, model, params, step, shift = load_trained(workdir, step, mesh)
     if model.adapter is not None:
         check_base(workdir, found)
         place = lambda path, _: sharding.param_sharding(cast(Any, model.layout.mesh), path)
         base = start.load(found, model.without_adapter(), place, config.lora.base)
         model, params = model.without_adapter(), jax.jit(lambda a, b: lora.merge(model, a, b)[1])(params, base)
+    if model.shape.head == "score":
+        params = {**params, "score_bias": params["score_bias"] + shift}
     tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
     if config.data.chat_template is not None:
         tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
@@ -180,6 +189,39 @@ def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> 
 
 
 def open_policy(
+    path: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, flag: str = "--model"
+) -> Policy:
+    """A model that writes, from whatever `open_model` opens. Errors: UserError also for one that scores."""
+    policy = open_model(path, step, mesh, flag)
+    if policy.model.shape.head != "words":
+        raise UserError(f"{path!r} holds a reward model, which scores answers and writes none; give {flag} another.")
+    return policy
+
+
+def open_rewards(
+    path: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, flag: str = "--reward"
+) -> list[Policy]:
+    """A reward model, or the members of an ensemble: a folder whose `members` are runs.
+
+    Errors: UserError as `open_model`, and for a model that writes.
+    """
+    ensemble = epath.Path(os.path.expanduser(path)) / "members"
+    several = sorted(ensemble.iterdir(), key=_natural) if not _has_config(path) and ensemble.is_dir() else []
+    opened = [open_model(os.fspath(one), step, mesh, flag) for one in several] or [open_model(path, step, mesh, flag)]
+    if any(policy.model.shape.head != "score" for policy in opened):
+        raise UserError(
+            f"{path!r} holds a model that writes answers and scores none; give {flag} the folder of a reward model, "
+            "which --config=configs/reward.py trains."
+        )
+    return opened
+
+
+def _natural(path: epath.Path) -> list[Any]:
+    """Orders names as people do: seed=2 before seed=10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+
+
+def open_model(
     path: str, step: int | None = None, mesh: jax.sharding.Mesh | None = None, flag: str = "--model"
 ) -> Policy:
     """The model of a run's workdir, of a Hugging Face folder or of a Hub name.

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import preference, sft
+from rlhf_jax.algorithms import preference, reward, sft
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.step import Objective, Optimizer, TrainState, make_state, make_step
 from rlhf_jax.losses import LOSSES
@@ -73,7 +73,7 @@ def either(learning_rate: Any, *, plain: float = 0.0, weight_decay: float = 0.01
 
 
 OPTIMIZER = Optimizer(either, optax.constant_schedule(1.0))
-OBJECTIVES = {takes: algorithm.make_objective for algorithm in (preference, sft) for takes in algorithm.READS}
+OBJECTIVES = {takes: algorithm.make_objective for algorithm in (preference, sft, reward) for takes in algorithm.READS}
 
 
 def part(name: str) -> Part:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.comparisons import labels_of
 from rlhf_jax.algorithms.step import Batch, Reads, by_example, flat_rows
 from rlhf_jax.losses.preference import MeanPair, Pair, PolicyPair, SortedMargins, SortedRatios
 from rlhf_jax.losses.ranked import Ranked
@@ -91,13 +92,7 @@ def say(stats: TokenStats, batch: Batch, length_alpha: Array | None = None) -> S
     whole = completion_sums(stats.logprobs, batch)
     length = completion_sums(batch["mask"].reshape(-1, batch["mask"].shape[-1]).astype(jnp.float32), batch)
     per_lane = lambda name: batch[name].reshape(whole.shape) if name in batch else jnp.zeros_like(whole)
-    present = length > 0
-    if "ranks" in batch:
-        ranks = per_lane("ranks")
-        labels = ranks == jnp.min(jnp.where(present, ranks, jnp.inf), axis=1, keepdims=True)
-    else:
-        labels = per_lane("labels")
-        ranks = 1.0 - labels
+    given = labels_of(batch, length > 0)
     logprob, ref_logprob = whole, per_lane("ref_logprob")
     if length_alpha is not None:
         less = lambda all_of_it, shared: shared + length_alpha * (all_of_it - shared)
@@ -105,10 +100,7 @@ def say(stats: TokenStats, batch: Batch, length_alpha: Array | None = None) -> S
         ref_logprob = less(ref_logprob, per_lane("ref_shared"))
     weight = batch["weight"]
     columns = {name: batch[name].reshape(-1) for name in batch if batch[name].shape == weight.shape}
-    return Said(
-        weight.reshape(-1), labels.astype(jnp.float32), ranks, present, whole, jnp.maximum(length, 1), logprob,
-        ref_logprob, columns,
-    )  # fmt: skip
+    return Said(*given, whole, jnp.maximum(length, 1), logprob, ref_logprob, columns)
 
 
 # How each kind of loss is asked, and what its reward is before beta: [N] and [N, K].

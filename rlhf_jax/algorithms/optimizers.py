@@ -17,8 +17,8 @@ Rate = Any  # a float or a scalar array
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay applies to: the matrices, an adapter's too, never norms and biases."""
-    matrices = ("kernel", "embedding", "head", "lora_a", "lora_b")
+    """Which parameters weight decay applies to: the matrices, an adapter's and a score's too, no norms, no biases."""
+    matrices = ("kernel", "embedding", "head", "lora_a", "lora_b", "score")
     last = lambda keys: path_of(keys).rsplit("/", 1)[-1]
     return jax.tree_util.tree_map_with_path(lambda keys, _: last(keys) in matrices, params)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.comparisons import comparison_means, row_comparisons
 from rlhf_jax.algorithms.completions import ASKED, READS, REFERENCE, Said, completion_sums, reference_columns, say
 from rlhf_jax.algorithms.parts import TOKENS, Part, token_term
 from rlhf_jax.algorithms.step import (
@@ -30,6 +31,7 @@ from rlhf_jax.losses.unpaired import UNPAIRED, Answer, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
+BESIDE = TOKENS  # what it may add up with its own: the likelihood of chosen answers
 SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
 SYNC_MIX = 0.6  # the paper's, where none is set
 
@@ -57,34 +59,14 @@ def _threshold(takes: type, said: Said, beta: Array) -> Array:
     return said.columns["shift"] if takes in SHIFTED else jnp.zeros_like(said.weight)
 
 
-def _comparisons(said: Said, rewards: Array, threshold: Array) -> tuple[Array, Array]:
-    """Margins that should be above 0, and which of them count: [N, 1], or for groups every two, [N, K, K]."""
-    if said.labels.shape[1] == 1:
-        return (rewards - threshold[:, None]) * (2 * said.labels - 1), said.present.astype(jnp.float32)
-    better = (said.ranks[:, :, None] < said.ranks[:, None, :]) * said.present[:, :, None] * said.present[:, None, :]
-    return rewards[:, :, None] - rewards[:, None, :], better.astype(jnp.float32)
-
-
-def _right(margin: Array) -> Array:
-    """A tie counts as half right."""
-    return (margin > 0) + 0.5 * (margin == 0)
-
-
 def _metrics(said: Said, rewards: Array, threshold: Array) -> dict[str, Mean]:
     """What is plotted of a preference run."""
     weight = said.weight[:, None] * said.present
-    good, bad = weight * said.labels, weight * (1 - said.labels)
     mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
-    chosen, rejected = mean(rewards, good), mean(rewards, bad)
-    margin, compared = _comparisons(said, rewards, threshold)
-    compared *= said.weight.reshape(-1, *(1,) * (compared.ndim - 1))
     return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": Mean(jnp.stack([chosen.total, -rejected.total]), jnp.stack([chosen.count, rejected.count])),
-        "rewards/accuracies": mean(_right(margin), compared),
-        "logps/chosen": mean(said.whole, good),
-        "logps/rejected": mean(said.whole, bad),
+        **comparison_means(said, rewards, threshold),
+        "logps/chosen": mean(said.whole, weight * said.labels),
+        "logps/rejected": mean(said.whole, weight * (1 - said.labels)),
     }
 
 
@@ -176,10 +158,8 @@ def make_judge(model: Model, parts: Sequence[Part], config: PreferenceConfig = P
         if "shift" in said.columns:
             answers = said.weight[:, None] * said.present
             means["rewards/mean"] = Mean(jnp.sum(rewards * answers), jnp.sum(answers))
-        margin, compared = (x.reshape(len(said.weight), -1) for x in _comparisons(said, rewards, threshold))
-        mean = lambda x: jnp.sum(x * compared, axis=1) / jnp.maximum(jnp.sum(compared, axis=1), 1)
         loss = jnp.asarray(sum(hyper["weights"][name] * loss for name, loss in rows.items()))
-        of_rows = {"loss": loss, "margin": mean(margin), "correct": mean(_right(margin))}
+        of_rows = {"loss": loss, **row_comparisons(said, rewards, threshold)}
         return *balance_term(model, stats, batch, hyper, terms, means), of_rows
 
     return judge

@@ -1,9 +1,9 @@
 """Starts of the synthetic world that are made here: a model, and rows of what people said of its answers.
 
 A config names them: `world:tiny` in `model.path` is a fine-tuned model, `world:tiny/answers` in `data.path` the
-pairs of its answers that simulated people compared. What isn't there is made first, on this machine, from nothing:
-rows (docs/world.md), a tokenizer, pre-training, fine-tuning on demonstrations, answers, labels. It is a function of
-the recipe alone and lies in `cache`, so it is made once.
+pairs of its answers that simulated people compared, `world:tiny/rankings` what they ranked. What isn't there is made
+first, on this machine, from nothing: rows (docs/world.md), a tokenizer, pre-training, fine-tuning on demonstrations,
+answers, labels. It is a function of the recipe alone and lies in `cache`, so it is made once.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from rlhf_jax.data.config import Data
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject, answer
+from rlhf_jax.feedback.rankings import rank_answers
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.sampling.distribution import Sampling
@@ -38,7 +39,8 @@ from rlhf_jax.workdir import check_writable, open_policy
 PREFIX = "world:"
 # What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns.
 FILES = (
-    "documents", "demonstrations", "demonstrations_held_out", "answers", "answers_held_out", "prompts_held_out",
+    "documents", "demonstrations", "demonstrations_held_out", "answers", "answers_held_out", "rankings",
+    "rankings_held_out", "prompts_held_out",
 )  # fmt: skip
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
@@ -49,7 +51,7 @@ SHAPE: dict[str, Any] = {
 LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
 SAMPLING = Sampling(max_new_tokens=40)
 WHOLE = "recipe.json"  # written last: a folder without it is not used
-MAKING = 1  # to be raised when the same recipe comes to make something else
+MAKING = 2  # to be raised when the same recipe comes to make something else
 
 TrainFunction = Callable[[Config, str], Any]  # run.train, which stands below this module
 
@@ -153,7 +155,8 @@ def provide(config: Config, train: TrainFunction) -> Config:
         model = dataclasses.replace(model, path=os.fspath(folder(name, config.cache, train) / "model"))
     place = lambda path: os.fspath(file(path, config.cache, train)) if path.startswith(PREFIX) else path
     paths = {part: tuple(map(place, getattr(data, part))) for part in ("path", "eval_path")}
-    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **paths))
+    reward = dataclasses.replace(config.reward, demonstrations=tuple(map(place, config.reward.demonstrations)))
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **paths), reward=reward)
 
 
 def file(spec: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
@@ -239,11 +242,12 @@ def _make(name: str, recipe: Recipe, place: epath.Path, train: TrainFunction) ->
     write_model(base, [row["completion"] for row in read(rows / "documents.jsonl")], recipe.shape)
     start = stage("pre-training on documents", "documents", None, recipe.pretrain)
     tuned = stage("fine-tuning on demonstrations", "demonstrations", start, recipe.sft)
-    print(f"{PREFIX}{name}: people compare its answers", flush=True)
+    print(f"{PREFIX}{name}: people compare and rank its answers", flush=True)
     prompts = [row["prompt"] for split in ("prompts", "prompts_held_out") for row in read(rows / f"{split}.jsonl")]
-    pairs = compare_answers(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, seed)
-    for split, held_out in (("answers", False), ("answers_held_out", True)):
-        write(rows / f"{split}.jsonl", [pair for pair in pairs if world.held_out(pair["prompt"]) == held_out])
+    said = _ask_people(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, seed)
+    for split, held_out in (("", False), ("_held_out", True)):
+        for what, told in said.items():
+            write(rows / f"{what}{split}.jsonl", [row for row in told if world.held_out(row["prompt"]) == held_out])
     for part in FILES:
         (rows / f"{part}.jsonl").rename(place / f"{part}.jsonl")
     tuned.rename(place / "model")
@@ -313,12 +317,34 @@ def compare_answers(
     subject: Subject, prompts: Sequence[str], config: world_rows.World, seed: int
 ) -> list[world_rows.Row]:
     """Two answers to each prompt, compared by `labels` of the `labellers` people of a world; rows of `label_pairs`."""
+    first, second = zip(*two_answers(subject, prompts, seed), strict=True)
+    return labellers.label_pairs(prompts, first, second, panel(config, seed), config.labels, seed)
+
+
+def _ask_people(
+    subject: Subject, prompts: Sequence[str], config: world_rows.World, seed: int
+) -> dict[str, list[world_rows.Row]]:
+    """What people say: `answers` compares the first two answers to each prompt, `rankings` ranks those and two more."""
+    # The other two are answers to the same prompts asked once more: so the first two are those of `compare_answers`.
+    drawn = two_answers(subject, [*prompts, *prompts], seed)
+    four = [first + second for first, second in zip(drawn[: len(prompts)], drawn[len(prompts) :], strict=True)]
+    people, a, b = panel(config, seed), [texts[0] for texts in four], [texts[1] for texts in four]
+    return {
+        "answers": labellers.label_pairs(prompts, a, b, people, config.labels, seed),
+        "rankings": rank_answers(prompts, four, people, config.labels, seed),
+    }
+
+
+def two_answers(subject: Subject, prompts: Sequence[str], seed: int) -> list[list[str]]:
+    """Two answers to each prompt, which its place and the seed decide."""
     sampler = Sampler(subject.model, samples=2)
-    answers = answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, seed)
-    first, second = zip(*answers.texts, strict=True)
+    return answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, seed).texts
+
+
+def panel(config: world_rows.World, seed: int) -> list[labellers.Labeller]:
+    """The simulated people of a world."""
     knobs = {name: value for name, value in dataclasses.asdict(config.labeller).items() if name != "seed"}
-    people = labellers.panel(config.labellers, seed, **knobs)
-    return labellers.label_pairs(prompts, first, second, people, config.labels, seed)
+    return labellers.panel(config.labellers, seed, **knobs)
 
 
 def read(file: epath.Path) -> list[world_rows.Row]:

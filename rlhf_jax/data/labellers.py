@@ -1,10 +1,11 @@
 """Simulated people who say which of two answers of the synthetic world is better.
 
-What a labeller sees in an answer is the gold reward bent by its own tastes; what it says follows Bradley and
-Terry, with slips. Every label is a pure function of the labeller, the texts and the number of the label.
+What a labeller sees in an answer is the gold reward bent by its own tastes; what it says of two answers follows
+Bradley and Terry, of more Plackett and Luce, with slips. Every label is a pure function of the labeller, the texts
+and the number of the label.
 
-References: Bradley and Terry 1952, Biometrika 39; the biases are those of Saito et al. 2023, arXiv:2310.10076
-(length) and Sharma et al. 2023, arXiv:2310.13548 (agreement with the user).
+References: Bradley and Terry 1952, Biometrika 39; Plackett 1975, Applied Statistics 24; the biases are those of Saito
+et al. 2023, arXiv:2310.10076 (length) and Sharma et al. 2023, arXiv:2310.13548 (agreement with the user).
 """
 
 import dataclasses
@@ -70,6 +71,28 @@ class Labeller:
         draw = _uniform("label", self.seed, prompt.strip(), first, second, label)
         return (draw < self.probability(prompt, first, second)) == (a.strip() == first)
 
+    def ranks(self, prompt: str, answers: Sequence[str], label: int = 0) -> tuple[float, ...]:
+        """The labeller's ranking number `label` of the answers: a rank each, 0 the best; equal texts rank equally.
+
+        The order is that of value / temperature plus Gumbel noise, which is Plackett and Luce's: the best is a_1
+        with the probability softmax(value / temperature)_1, and so on among those that are left. With the
+        probability `noise` all of it is turned round. So a ranks above b with exactly probability(prompt, a, b).
+
+        The noise is of an answer's own text: the order in which answers stand is no matter, and a ranking of
+        some of them is that of all of them without the others.
+
+        References: Plackett 1975; Yellott 1977, Journal of Mathematical Psychology 15 (the Gumbel noise).
+        """
+        prompt, texts = prompt.strip(), [answer.strip() for answer in answers]
+        noisy = {}
+        for text in set(texts):
+            draw = _uniform("gumbel", self.seed, prompt, text, label)
+            noisy[text] = self.value(prompt, text) / self.temperature - math.log(-math.log(draw))
+        turned = _uniform("turned", self.seed, prompt, label) < self.noise
+        order = sorted(noisy, key=lambda text: (noisy[text], text), reverse=not turned)
+        places = {text: float(place) for place, text in enumerate(order)}
+        return tuple(places[text] for text in texts)
+
 
 def panel(count: int, seed: int, **knobs: Any) -> list[Labeller]:
     """`count` labellers with the same knobs (those of Labeller) and each a seed of its own."""
@@ -86,13 +109,18 @@ def label(
     The item and the seed decide who is asked; nobody is asked twice before all were asked once.
     """
     item = prompt.strip(), *sorted((a.strip(), b.strip()))
-    order = sorted(range(len(panel)), key=lambda member: _integer("asked", seed, *item, member))
-    votes = []
-    for number in range(labels):
-        turn, member = divmod(number, len(panel))
-        member = order[member]
-        votes.append((member, panel[member].prefers(prompt, a, b, _integer("turn", seed, turn))))
-    return votes
+    turns = asked(item, len(panel), labels, seed)
+    return [(member, panel[member].prefers(prompt, a, b, number)) for member, number in turns]
+
+
+def asked(item: Sequence[str], people: int, labels: int, seed: int) -> list[tuple[int, int]]:
+    """Who of a panel gives each of several labels of an item (the index), and the number that this label has.
+
+    The item's texts and the seed decide; nobody is asked twice before all were asked once.
+    """
+    order = sorted(range(people), key=lambda member: _integer("asked", seed, *item, member))
+    turns = (divmod(number, people) for number in range(labels))
+    return [(order[place], _integer("turn", seed, turn)) for turn, place in turns]
 
 
 def label_pairs(

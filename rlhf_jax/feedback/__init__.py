@@ -1,0 +1,1 @@
+"""What people say of a model's answers, before anything is learnt from it."""

@@ -40,7 +40,7 @@ PREFIX = "world:"
 # What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns.
 FILES = (
     "documents", "demonstrations", "demonstrations_held_out", "answers", "answers_held_out", "rankings",
-    "rankings_held_out", "prompts_held_out",
+    "rankings_held_out", "stepwise", "stepwise_held_out", "prompts_held_out",
 )  # fmt: skip
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
@@ -106,7 +106,7 @@ class Recipe:
 
 
 ROWS = world_rows.World(
-    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=0
+    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=2000
 )  # fmt: skip
 RECIPES = {
     "tiny": Recipe(

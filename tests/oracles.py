@@ -172,7 +172,7 @@ def bradley_terry64(p, label_smoothing, margin, centre):
 
 
 def all_pairs64(p, centre):
-    score, preferred, _, present = p
+    score, preferred, present = p
     out = np.zeros(len(score))
     for row in range(len(score)):
         there = [i for i in range(score.shape[1]) if present[row, i]]
@@ -186,7 +186,7 @@ def all_pairs64(p, centre):
 
 def plackett_luce64(p):
     """As the probability of the draws, one after the other."""
-    score, _, rank, present = p
+    score, rank, present = p
     out = np.zeros(len(score))
     for row in range(len(score)):
         for i in np.flatnonzero(present[row]):

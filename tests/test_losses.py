@@ -23,7 +23,7 @@ from rlhf_jax.losses.preference import (
     partners,
 )  # fmt: skip
 from rlhf_jax.losses.ranked import RANKED, Ranked
-from rlhf_jax.losses.reward import REWARD, ScoredAnswer, ScoredSteps, ScoreGroup, ScorePair
+from rlhf_jax.losses.reward import REWARD, ScoredAnswer, ScoredSteps, ScoreGroup, ScorePair, ScoreRanking
 from rlhf_jax.losses.supervised import SUPERVISED, SmoothTokens, Tokens
 from rlhf_jax.losses.unpaired import UNPAIRED, Answer, BareAnswer, ShiftedAnswer
 from rlhf_jax.registry import PER_ROW
@@ -84,7 +84,7 @@ BARE = [*nats(-60, -5, 2, 8), RNG.random(8) < 0.5]
 MEANS = [np.append(nats(-6, -0.05, 6), [-1 / 64, -30.0]), nats(-6, -0.05, 8)]
 RANKS = np.array([[0, 1, 2, 3], [2, 0, 0, 1], [1, 1, 0, 9], [0, 1, 9, 9]], float)
 GROUP = [*nats(-60, -5, 2, 4, 4), RANKS, RANKS < 9]
-SCORES = [nats(-4, 4, 4, 4), RNG.random((4, 4, 4)), RANKS, RANKS < 9]
+SCORES = [nats(-4, 4, 4, 4), RNG.random((4, 4, 4)), RANKS < 9]
 TOKENS = [nats(-5, -0.1, 2, 4), nats(1, 9, 2, 4)]
 
 
@@ -123,7 +123,7 @@ CASES: dict[str, Case] = {
     "bco": Case(ShiftedAnswer, [*BARE, nats(-2, 2, 8)], bco64, BETA),
     "bradley_terry": Case(ScorePair, RATIOS[:2], bradley_terry64, SMOOTH | {"margin": 0.5, "centre": 0.1}),
     "all_pairs": Case(ScoreGroup, SCORES, all_pairs64, {"centre": 0.1}),
-    "plackett_luce": Case(ScoreGroup, SCORES, plackett_luce64, {}),
+    "plackett_luce": Case(ScoreRanking, [SCORES[0], RANKS, RANKS < 9], plackett_luce64, {}),
     "outcome": Case(ScoredAnswer, [RATIOS[0], RNG.random(8) < 0.5], outcome64, {}),
     "process": Case(ScoredSteps, [nats(-4, 4, 4, 4), RNG.choice([0, 0.5, 1], (4, 4))], process64, {"neutral": 0.8}),
     "nll": Case(Tokens, TOKENS, nll64, {"z_loss": 0.1}),
@@ -185,7 +185,7 @@ def test_the_gradient_is_the_oracles(name):
             continue
         place = case.columns._fields.index(field)
         # A loss of a row of several completions is moved one column at a time.
-        count = slope.shape[1] if case.columns in (Ranked, ScoreGroup) else 0
+        count = slope.shape[1] if case.columns in (Ranked, ScoreGroup, ScoreRanking) else 0
         ways = np.eye(count) if count else [np.ones(slope.shape)]
         parts = [derivative(oracle, case.inputs, place, way, **case.numbers) for way in ways]
         expected = np.stack(parts, axis=1) if count else parts[0]

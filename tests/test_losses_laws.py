@@ -22,6 +22,7 @@ from rlhf_jax.losses.reward import (
     ScoredSteps,
     ScoreGroup,
     ScorePair,
+    ScoreRanking,
     all_pairs,
     bradley_terry,
     plackett_luce,
@@ -68,12 +69,8 @@ def draw(columns: type, seed: int = 0) -> Any:
         ShiftedAnswer: lambda: (real(-50, -1), real(-50, -1), rng.random(ROWS) < 0.5, real(-2, 2)),
         Ranked: lambda: (table(-50, -1), table(-50, -1), table(0, 4), rng.random((ROWS, 3)) < 0.8),
         ScorePair: lambda: (real(-9, 9), real(-9, 9)),
-        ScoreGroup: lambda: (
-            table(-9, 9),
-            rng.random((ROWS, 3, 3), np.float32),
-            table(0, 4),
-            rng.random((ROWS, 3)) < 0.8,
-        ),
+        ScoreGroup: lambda: (table(-9, 9), rng.random((ROWS, 3, 3), np.float32), rng.random((ROWS, 3)) < 0.8),
+        ScoreRanking: lambda: (table(-9, 9), table(0, 4), rng.random((ROWS, 3)) < 0.8),
         ScoredAnswer: lambda: (real(-9, 9), rng.random(ROWS) < 0.5),
         ScoredSteps: lambda: (table(-9, 9), rng.choice(np.asarray([0, 0.5, 1], np.float32), (ROWS, 3))),
         Tokens: lambda: (table(-5, -0.1), table(1, 9)),
@@ -246,8 +243,8 @@ def test_numbers_are_traced_and_a_leading_axis_of_them_is_the_loop(name):
 @few
 @given(seeds, st.integers(-512, 512))
 def test_a_constant_added_to_scores_changes_no_loss_of_comparisons(seed, eighths):
-    group, pair = draw(ScoreGroup, seed), draw(ScorePair, seed)
-    for name, columns in (("all_pairs", group), ("plackett_luce", group), ("bradley_terry", pair)):
+    for name in ("all_pairs", "plackett_luce", "bradley_terry"):
+        columns = draw(reads(name), seed)
         moved = columns._replace(**{f: getattr(columns, f) + eighths / 8 for f in columns._fields if f in OWN})
         np.testing.assert_allclose(compiled(name)(moved), compiled(name)(columns), rtol=1e-5, atol=1e-6)
 
@@ -255,12 +252,11 @@ def test_a_constant_added_to_scores_changes_no_loss_of_comparisons(seed, eighths
 @few
 @given(seeds, st.permutations(range(3)))
 def test_the_order_in_which_answers_stand_is_no_matter(seed, order):
-    group, order = draw(ScoreGroup, seed), jnp.array(order)
-    turned = ScoreGroup(
-        group.score[:, order], group.preferred[:, order][:, :, order], group.rank[:, order], group.present[:, order]
-    )
+    turn = lambda x: x[:, jnp.array(order)] if x.ndim == 2 else x[:, jnp.array(order)][:, :, jnp.array(order)]
     for name in ("all_pairs", "plackett_luce"):
-        np.testing.assert_allclose(compiled(name)(turned), compiled(name)(group), rtol=1e-5, atol=1e-6)
+        columns = draw(reads(name), seed)
+        turned = type(columns)(*map(turn, columns))
+        np.testing.assert_allclose(compiled(name)(turned), compiled(name)(columns), rtol=1e-5, atol=1e-6)
 
 
 @few
@@ -269,16 +265,17 @@ def test_a_group_of_two_is_a_pair_with_a_soft_label(seed, share):
     pair = draw(ScorePair, seed)
     score, rank = jnp.stack(pair, axis=1), jnp.tile(jnp.array([[0.0, 1.0]]), (ROWS, 1))
     preferred = jnp.zeros((ROWS, 2, 2)).at[:, 0, 1].set(share).at[:, 1, 0].set(1 - share)
-    group = ScoreGroup(score, preferred, rank, jnp.ones((ROWS, 2), bool))
+    present = jnp.ones((ROWS, 2), bool)
+    group, ranking = ScoreGroup(score, preferred, present), ScoreRanking(score, rank, present)
     expected = bradley_terry(pair, label_smoothing=1 - share, centre=0.25)
     np.testing.assert_allclose(all_pairs(group, centre=0.25), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(plackett_luce(group), bradley_terry(pair), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plackett_luce(ranking), bradley_terry(pair), rtol=1e-5, atol=1e-6)
 
 
 def test_what_an_absent_answer_holds_reaches_no_value_and_no_gradient():
-    group = draw(ScoreGroup)
-    poisoned = group._replace(score=jnp.where(group.present, group.score, jnp.nan))
     for loss in (all_pairs, plackett_luce):
+        group = draw(reads(loss.__name__))
+        poisoned = group._replace(score=jnp.where(group.present, group.score, jnp.nan))
         total = lambda score, loss=loss: jnp.sum(loss(poisoned._replace(score=score)))
         assert np.isfinite(jax.grad(total)(poisoned.score)).all()
         empty = group._replace(score=jnp.where(group.present, group.score, 0))
@@ -289,7 +286,7 @@ def test_the_best_scores_are_the_log_odds_of_the_labels():
     """Of three answers with true scores, the all-pairs loss of exact label shares is least at their differences."""
     true = jnp.array([[1.0, 0.2, -0.7]])
     shares = jax.nn.sigmoid(true[:, :, None] - true[:, None, :]) * ~jnp.eye(3, dtype=bool)[None]
-    loss = lambda score: all_pairs(ScoreGroup(score, shares, true, true == true))[0]
+    loss = lambda score: all_pairs(ScoreGroup(score, shares, true == true))[0]
     score, grad = jnp.zeros((1, 3)), jax.jit(jax.grad(loss))
     for _ in range(300):
         score = score - 2.0 * grad(score)

@@ -97,9 +97,9 @@ def expected_rows(name: str, rows: dict[str, np.ndarray]) -> np.ndarray:
         case "bradley_terry":
             return bradley_terry64(list(scores.T), **numbers)
         case "all_pairs":
-            return all_pairs64([scores, rows["preferred"].astype(np.float64), rows["ranks"], present], **numbers)
+            return all_pairs64([scores, rows["preferred"].astype(np.float64), present], **numbers)
         case "plackett_luce":
-            return plackett_luce64([scores, None, rows["ranks"], present])
+            return plackett_luce64([scores, rows["ranks"], present])
         case "outcome":
             return outcome64([scores[:, 0], rows["labels"][:, 0]])
         case _:

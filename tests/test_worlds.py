@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 
 ROWS = world_rows.World(
     documents=200, documents_held_out=32, demonstrations=64, demonstrations_held_out=32, prompts=16, prompts_held_out=8,
-    prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=0,
+    prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=20, stepwise_held_out=5,
 )  # fmt: skip
 STAGE = worlds.Stage(rate=1e-3, steps=2, patience=0, warmup=1)
 RECIPE = worlds.Recipe(ROWS, takes="a moment", width=16, pretrain=STAGE, sft=STAGE)

@@ -24,7 +24,7 @@ from rlhf_jax.algorithms.step import (
     token_weight,
     whole,
 )
-from rlhf_jax.losses.reward import REWARD, ScoredAnswer, ScoredSteps, ScoreGroup, ScorePair
+from rlhf_jax.losses.reward import REWARD, ScoredAnswer, ScoredSteps, ScoreGroup, ScorePair, ScoreRanking
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.logprobs import TokenStats
 
@@ -32,6 +32,7 @@ LOSSES: Mapping[str, Callable[..., Array]] = REWARD
 READS = {
     ScorePair: Reads("pair"),
     ScoreGroup: Reads("ranking"),
+    ScoreRanking: Reads("ranking"),
     ScoredAnswer: Reads("labelled"),
     ScoredSteps: Reads("stepwise"),
 }
@@ -152,7 +153,9 @@ def _asked(part: Part, scores: Array, given: Any, hyper: Any, batch: Batch) -> A
     if part.takes is ScoreGroup:
         count = scores.shape[1]
         preferred = batch["preferred"].reshape(-1, count, count)
-        return part.loss(ScoreGroup(scores, preferred, given.ranks, given.present), **numbers)
+        return part.loss(ScoreGroup(scores, preferred, given.present), **numbers)
+    if part.takes is ScoreRanking:
+        return part.loss(ScoreRanking(scores, given.ranks, given.present), **numbers)
     flat = part.loss(ScoredAnswer(scores.reshape(-1), given.labels.reshape(-1) > 0), **numbers)
     return jnp.mean(flat.reshape(scores.shape), axis=1)
 

@@ -39,6 +39,7 @@ class World:
     pairs: Annotated[int, "pairs of answers that are labelled; pairs of the same answer fall out"] = 2000
     pairs_held_out: Annotated[int, "the same with held-out prompts"] = 300
     stepwise: Annotated[int, "sums whose steps are labelled"] = 1000
+    stepwise_held_out: Annotated[int, "the same with held-out prompts"] = 200
     labels: Annotated[int, "labels a pair"] = 3
     labellers: Annotated[int, "people in the panel"] = 5
     manner: Annotated[Manner, "how documents and the answers of pairs are written"] = Manner()
@@ -259,6 +260,7 @@ def write(folder: str | os.PathLike, config: World) -> list[tuple[epath.Path, in
         "pairs": pairs(config, config.pairs, "train"),
         "pairs_held_out": pairs(config, config.pairs_held_out, "held_out"),
         "stepwise": stepwise(config.stepwise, seed),
+        "stepwise_held_out": stepwise(config.stepwise_held_out, seed, split="held_out"),
     }
     root, written = epath.Path(folder), []
     root.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,15 @@ class ScoreGroup(NamedTuple):
 
     score: Array  # [N, K] float32
     preferred: Array  # [N, K, K], the share of labels that put the first answer above the second
-    rank: Array  # [N, K], the smaller the better; equal ranks are ties
     present: Array  # [N, K] bool, False where a group has fewer than K
+
+
+class ScoreRanking(NamedTuple):
+    """Scores of up to K answers to one prompt, which someone has ranked, [N, K] each."""
+
+    score: Array  # float32
+    rank: Array  # the smaller the better; equal ranks are ties
+    present: Array  # bool, False where a row has fewer than K
 
 
 class ScoredAnswer(NamedTuple):
@@ -74,7 +81,7 @@ def all_pairs(group: ScoreGroup, *, centre: float = 0.0) -> Array:
 
     >>> ranked = jnp.array([[[0.0, 1.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
     >>> flat = jnp.zeros((1, 3))
-    >>> print(all_pairs(ScoreGroup(flat, ranked, flat, flat == 0)))
+    >>> print(all_pairs(ScoreGroup(flat, ranked, flat == 0)))
     [0.6931472]
     """
     chex.assert_rank([group.score, group.preferred], [2, 3])
@@ -88,7 +95,7 @@ def all_pairs(group: ScoreGroup, *, centre: float = 0.0) -> Array:
     return jnp.sum(jnp.where(both, of_two, 0), axis=(1, 2)) / jnp.maximum(pairs, 1)
 
 
-def plackett_luce(group: ScoreGroup) -> Array:
+def plackett_luce(ranking: ScoreRanking) -> Array:
     """-log P(ranking): the best is drawn first with odds exp r, then the best of the rest, and so on, [N].
 
     The sum over answers i of log(exp r_i + sum over the worse j of exp r_j) - r_i. Ties are not compared. For two
@@ -96,12 +103,10 @@ def plackett_luce(group: ScoreGroup) -> Array:
     References: Plackett 1975, JRSS C 24; Luce 1959, Individual Choice Behavior.
 
     >>> flat = jnp.zeros((1, 3))
-    >>> nobody = jnp.zeros((1, 3, 3))
-    >>> print(plackett_luce(ScoreGroup(flat, nobody, jnp.array([[0.0, 1.0, 2.0]]), flat == 0)))  # log 3 + log 2
+    >>> print(plackett_luce(ScoreRanking(flat, jnp.array([[0.0, 1.0, 2.0]]), flat == 0)))  # log 3 + log 2
     [1.7917595]
     """
-    chex.assert_rank(group.score, 2)
-    return plackett_luce_nll(group.score, group.rank, group.present)
+    return plackett_luce_nll(ranking.score, ranking.rank, ranking.present)
 
 
 def outcome(answer: ScoredAnswer) -> Array:

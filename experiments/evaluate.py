@@ -1,14 +1,15 @@
 """Compares models on the same prompts: python -m experiments.evaluate --models=runs/sft,runs/dpo --prompts=FILE.
 
 Any checkpoints, any scorer: a Python function `my_pkg.scores:polite(prompts, completions, **columns)` that gives
-a number for each answer. The first model is the baseline, unless another is named.
+a number for each answer; or a reward model, --reward=runs/rm. The first model is the baseline, unless another is named.
 """
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, cast
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -24,9 +25,10 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.compare import Result, compare
 from rlhf_jax.evaluate.intervals import Estimate
-from rlhf_jax.evaluate.scorers import SCORERS, plain
+from rlhf_jax.evaluate.rewards import COMBINED, LAM, How, Rewards
+from rlhf_jax.evaluate.scorers import SCORERS, Scorer, plain
 from rlhf_jax.sampling.distribution import Sampling, check
-from rlhf_jax.workdir import check_writable, open_policy
+from rlhf_jax.workdir import check_writable, open_policy, open_rewards
 
 COLUMNS = ("model", "score", "above {}", "wins against {}", "KL to {}, nats", "tokens", "ended")
 LEGEND = (
@@ -45,7 +47,12 @@ class Compare(Sampling):
     baseline: Annotated[str | None, "name of the model that the others are held against; none: the first"] = None
     prompts: Annotated[str, "file of prompts: rows with prompt or messages, or any other file's lines"] = ""
     rows: Annotated[int | None, "most prompts used; none: all"] = None
-    scorer: Annotated[str, f"{', '.join(SCORERS)}, or my_pkg.module:function"] = "gold"
+    scorer: Annotated[str | None, f"{', '.join(SCORERS)} (the default), or my_pkg.module:function"] = None
+    reward: Annotated[
+        tuple[str, ...],
+        "a reward model that scores in the place of a scorer: its run or folder; of an ensemble also how members are "
+        "combined (mean, minimum, mean_less_variance) and the variance's weight: PATH,HOW,LAM",
+    ] = ()
     samples: Annotated[int, "answers of each model to each prompt"] = 4
     chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizers' chat templates"] = None
     seed: Annotated[int, "of the answers and of the resampling"] = 0
@@ -135,6 +142,44 @@ def subjects(program: Compare) -> list[Subject]:
     return [Subject(name, p.model, p.params, p.tokenizer, p.end_ids) for name, p in zip(names, opened, strict=True)]
 
 
+def way(reward: Sequence[str]) -> tuple[str, How, float]:
+    """Path, way and weight of --reward. Errors: UserError for another way, a weight that is none, or more words."""
+    path, how, lam, *more = (*reward, *("", "mean", str(LAM))[len(reward) :])
+    if more or not path or how not in COMBINED:
+        raise UserError(
+            f"--reward={','.join(reward)} is not understood; it is PATH or PATH,HOW, where HOW is one of "
+            f"{', '.join(COMBINED)}, and for mean_less_variance PATH,HOW,LAM."
+        )
+    try:
+        weight = float(lam)
+    except ValueError:
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise UserError(f"--reward={','.join(reward)}: the variance's weight {lam} must be a number of at least 0.")
+    return path, cast(How, how), weight
+
+
+def opened(
+    name: str, path: str, how: How = "mean", lam: float = LAM, template: str | None = None, flag: str = "--reward"
+) -> Rewards:
+    """A reward model or an ensemble, from whatever `workdir.open_rewards` opens."""
+    policies = open_rewards(path, flag=flag)
+    members = [Subject(name, p.model, p.params, p.tokenizer, p.end_ids) for p in policies]
+    return Rewards(name, members, how=how, lam=lam, chat_template=template)
+
+
+def scorer_of(program: Compare) -> tuple[str, Callable[[], Scorer]]:
+    """What scores are called, and what opens their scorer. Errors: UserError where two are given, or one is unknown."""
+    if not program.reward:
+        name = program.scorer or "gold"
+        found = registry.resolve(SCORERS, name, "scorer")
+        return name, lambda: found
+    if program.scorer is not None:
+        raise UserError(f"--scorer={program.scorer} and --reward={program.reward[0]} both score; leave one away.")
+    path, how, lam = way(program.reward)
+    return ", ".join(program.reward), lambda: opened(path, path, how, lam, program.chat_template)
+
+
 def main(program: Compare) -> None:
     """Runs it."""
     run.use_compile_cache()
@@ -145,12 +190,12 @@ def main(program: Compare) -> None:
             raise UserError(f"--{name}={value} is not allowed; it must be at least 1.")
     if not 0 <= program.seed < 2**32:
         raise UserError(f"--seed={program.seed} is not allowed; it must be from 0 to {2**32 - 1}.")
-    scorer = registry.resolve(SCORERS, program.scorer, "scorer")
+    scored_by, open_scorer = scorer_of(program)
     rows = asked.read(program.prompts)[: program.rows]
     prompts, columns = [row.text for row in rows], asked.columns(rows)
     out = epath.Path(os.path.expanduser(program.out))
     check_writable(out, "out", "--out")
-    models = subjects(program)
+    scorer, models = open_scorer(), subjects(program)
     baseline = program.baseline or models[0].name
     results = compare(
         models, prompts, columns, scorer, baseline=baseline, sampling=sampling, samples=program.samples,
@@ -162,7 +207,7 @@ def main(program: Compare) -> None:
     write_answers(out / "answers.jsonl", results, prompts)
     settings: Mapping[str, Any] = dataclasses.asdict(program)
     how = report.Code("How it was made", "\n".join(f"--{name}={value}" for name, value in settings.items()))
-    blocks = [told, *pictures(results, baseline, f"score ({program.scorer})"), side_by_side(results, prompts), how]
+    blocks = [told, *pictures(results, baseline, f"score ({scored_by})"), side_by_side(results, prompts), how]
     print(f"wrote {report.write(out / 'report.html', 'Evaluation', blocks)}")
 
 

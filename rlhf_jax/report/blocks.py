@@ -39,7 +39,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """Curves: for each name its x and its y. What can't be drawn is left out, and the page says so."""
+    """Curves: for each name its x and its y. What can't be drawn is left out, and the page says so.
+
+    `bands` are intervals of y, (low, high) at each x of a series.
+    """
 
     title: str
     x_label: str
@@ -47,6 +50,7 @@ class Lines:
     series: Mapping[str, Curve]
     note: str = ""
     log_y: bool = False
+    bands: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _something(self, self.series)
@@ -54,6 +58,9 @@ class Lines:
             _of_length(self, f"the y of {name!r}", len(y), len(x))
             if not len(x):
                 raise UserError(f"Lines {self.title!r}: the series {name!r} is empty; leave it out.")
+        for name, (low, high) in self.bands.items():
+            for what, ends in (("low", low), ("high", high)):
+                _of_length(self, f"the {what} of {name!r}", len(ends), len(self.series[name][0]))
 
 
 @dataclasses.dataclass(frozen=True)

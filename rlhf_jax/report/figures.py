@@ -16,7 +16,7 @@ from etils import epath
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.report.blocks import Frontier, Lines
-from rlhf_jax.report.pictures import DASHES, logarithmic, means
+from rlhf_jax.report.pictures import DASHES, banded, logarithmic, means
 from rlhf_jax.report.wording import shortened, tick, visible
 
 WIDTH, HEIGHT = 9.0, 5.6  # inches; on a page 900 pixels wide an inch is 100 of them
@@ -103,6 +103,8 @@ def _lines(axes: Any, block: Any) -> tuple[dict[str, Look], list[str], list[Name
             shown[name] = _look(index)
             every = max(1, math.ceil(len(good) / 10))
             axes.plot([a for a, _ in good], [b for _, b in good], markevery=every, **shown[name])
+            if band := banded(block, name):
+                axes.fill_between(*zip(*band, strict=True), color=shown[name]["color"], alpha=0.15, linewidth=0)
     if block.log_y and shown:
         logarithmic(axes.yaxis, [y for line in axes.lines for y in line.get_ydata()])
     return shown, omitted, []

@@ -67,9 +67,11 @@ def _lines(block: Lines, prefix: str) -> Drawing:
     def onto(axes: Any) -> None:
         if block.log_y:
             logarithmic(axes.yaxis, [b for curve in curves.values() for _, b in curve])
-        for index, curve in enumerate(curves.values()):
+        for index, (name, curve) in enumerate(curves.items()):
             every = max(1, math.ceil(len(curve) / 8))
             axes.plot([a for a, _ in curve], [b for _, b in curve], markevery=every, **_look(index))
+            if band := banded(block, name):
+                axes.fill_between(*zip(*band, strict=True), color=_look(index)["color"], alpha=0.15, linewidth=0)
         _label(axes, block.x_label, block.y_label)
 
     rows = [
@@ -79,7 +81,29 @@ def _lines(block: Lines, prefix: str) -> Drawing:
     ]
     alt = f"{block.title}. {block.y_label} against {block.x_label}: {', '.join(curves)}."
     columns = ("", "first", "last", "lowest", "highest")
+    if block.bands:
+        columns = ("", block.x_label, block.y_label, "low", "high")
+        rows = [row for name in curves for row in _points_of(block, name)]
     return Drawing(_svg(onto, prefix, alt), _legend(prefix, curves), columns, tuple(rows), tuple(omitted))
+
+
+def banded(block: Lines, name: str) -> list[tuple[float, float, float]]:
+    """The band of a series, (x, low, high) where it can be drawn; [] if it has none."""
+    if name not in block.bands:
+        return []
+    band = zip(block.series[name][0], *block.bands[name], strict=True)
+    return [
+        (float(x), float(a), float(b)) for x, a, b in band if math.isfinite(x + a + b) and (a > 0 or not block.log_y)
+    ]
+
+
+def _points_of(block: Lines, name: str) -> Iterator[tuple[Cell, ...]]:
+    """A row a point, with the ends of its band if it has one."""
+    x, y = block.series[name]
+    low, high = block.bands.get(name, ([""] * len(x), [""] * len(x)))
+    for a, b, *ends in zip(x, y, low, high, strict=True):
+        if math.isfinite(float(a) + float(b)):
+            yield name, a, b, *ends
 
 
 def _points(block: Points, prefix: str) -> Drawing:

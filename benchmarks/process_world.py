@@ -1,7 +1,7 @@
 """What labels of steps are worth: the best of n solutions by a process model, an outcome model and the majority.
 
     python -m benchmarks.process_world --out=FOLDER
-    python -m benchmarks.process_world --start=tiny --solutions=256 --out=FOLDER
+    python -m benchmarks.process_world --start=tiny --train=200 --out=FOLDER
 
 The policy is the fine-tuned model of a world's start; it solves sums step by step. Both models start from it and see
 the same of its solutions to training prompts: one the label of each step, the other whether the solution is right as a
@@ -103,8 +103,8 @@ def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int)
     asked = lambda count, split: [
         row["prompt"] for row in world_rows.prompts(count, seed, split, shifted=args.long, kinds=("sum",))
     ]
-    train, held = asked(args.solutions // 4, "train"), asked(args.prompts, "held_out")
-    rows = rows_of(train, drawn(subject, train, 4, seed))
+    train, held = asked(args.train, "train"), asked(args.prompts, "held_out")
+    rows = rows_of(train, drawn(subject, train, args.each, seed))
     models = {}
     for name, loss, made in (("process", "process", rows), ("outcome", "outcome", outcomes(rows))):
         file = out / f"{name}-{seed}.jsonl"
@@ -140,8 +140,9 @@ def main() -> None:
     """Measures and prints."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--start", default="small", help="the world's start whose model solves")
-    flags.add_argument("--solutions", type=int, default=1024, help="drawn to train on, four a prompt")
-    flags.add_argument("--steps", type=int, default=300, help="updates of each model")
+    flags.add_argument("--train", type=int, default=2800, help="prompts to train on; the world has few more")
+    flags.add_argument("--each", type=int, default=8, help="solutions to each of them")
+    flags.add_argument("--steps", type=int, default=4000, help="updates of each model")
     flags.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     flags.add_argument("--samples", type=int, default=16, help="solutions to each of them")
     flags.add_argument("--long", action="store_true", help="sums of three operators, which the policy was never shown")

@@ -111,9 +111,13 @@ def make_judge(model: Model, parts: Sequence[Part], config: Any = None) -> Judge
     comparisons, or its steps, of what should be above 0; correct: the share of them that are.
     """
     by_step = parts[0].takes is ScoredSteps
+    compares = READS[parts[0].takes].form in ("pair", "ranking")
 
     def judge(params, frozen, hyper, batch, key):
-        scores, stats = _scores(model, whole(params, frozen), batch)
+        params = whole(params, frozen)
+        if compares:  # a constant is nothing to a comparison, and centring is to move what transformers reads as well
+            params = {**params, "score_bias": jax.lax.stop_gradient(params["score_bias"])}
+        scores, stats = _scores(model, params, batch)
         terms, means, rows = (_of_steps if by_step else _of_answers)(parts, scores, hyper, batch)
         if len(parts) > 1:
             means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}

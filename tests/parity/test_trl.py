@@ -10,6 +10,7 @@ Shared conventions (TRL 1.16):
 - SFT divides by the trained tokens of the whole batch; preference losses are means over rows.
 - IPO's log-ratios are means over completion tokens (TRL's only form; ours is `length_normalised=True`).
 - KTO multiplies each row's loss by its weight and divides by the rows, not by the weights.
+- A reward model reads its score at the end token; centring is the same. Both start from one random head.
 - The gradient norm is that of all parameters before clipping.
 Where the conventions differ:
 - TRL trains everything after the prompt, so also what a template writes behind the end-of-turn token; here that
@@ -40,7 +41,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from jax.experimental.compilation_cache import compilation_cache
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # it warns of what it may change, and warnings are errors here
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -48,15 +49,20 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from rlhf_jax import run
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.reward import new_head
 from rlhf_jax.config import Config, Loss, ModelConfig, OptimizerConfig, Train
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.rows import Message
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.metrics import LogConfig
+from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.sharding import MeshShape
 from tests.parity.checkpoints import LENGTH, load
 from tests.parity.rows import demonstrations, labelled, pairs, write_checkpoint
@@ -112,6 +118,16 @@ SAME = {
         0.03, "cpo", {"loss_type": "sigmoid", "label_smoothing": 0.2}, beta=0.1, alpha=0.0, label_smoothing=0.2
     ),
     "simpo": _cpo(0.1, "simpo", {"loss_type": "simpo", "simpo_gamma": 1.0}, beta=2.0, margin=1.0),
+    "reward": Same(
+        pairs,
+        0.03,
+        "bradley_terry",
+        {"centre": 0.05},
+        RewardTrainer,
+        RewardConfig,
+        {"center_rewards_coefficient": 0.05},
+        None,
+    ),
     "kto": _kto(0.1, 0.5, beta=0.1),
     "kto-weights": _kto(0.1, (3 * 1.5 + 5 * 0.5) / 8 / 2, beta=0.3, desirable_weight=1.5, undesirable_weight=0.5),
 }
@@ -136,6 +152,25 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def scoring(start: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same with a random score head in the place of the other one."""
+    folder = tmp_path_factory.mktemp("scoring")
+    model, params = hf.read(str(start))
+    model = model.with_head("score")
+    zeros = jax.jit(model.init)(jax.random.key(0))
+    params = {name: params.get(name, zeros[name]) for name in zeros}
+    hf.write(folder, model, new_head(params, jax.random.PRNGKey(1)))
+    AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    return folder
+
+
+def _model(same: Same, start: pathlib.Path) -> Any:
+    if same.trainer is not RewardTrainer:
+        return load(start)
+    return AutoModelForSequenceClassification.from_pretrained(start, dtype="float32").eval()
+
+
 def _theirs(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathlib.Path) -> Curve:
     args = same.config(
         output_dir=str(out), max_steps=steps, per_device_train_batch_size=len(rows), learning_rate=same.rate,
@@ -143,9 +178,10 @@ def _theirs(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathli
         save_strategy="no", use_cpu=True, bf16=False, activation_checkpointing=False, disable_tqdm=True,
         max_length=None, **same.theirs,
     )  # fmt: skip
-    reference = {} if same.loss in ("nll", "dft", "cpo", "simpo") else {"ref_model": load(start)}
+    alone = ("nll", "dft", "cpo", "simpo", "bradley_terry")
+    reference = {} if same.loss in alone else {"ref_model": load(start)}
     trainer = same.trainer(
-        model=load(start), args=args, train_dataset=Dataset.from_list(rows),
+        model=_model(same, start), args=args, train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(start), **reference,
     )  # fmt: skip
     trainer.train()
@@ -156,7 +192,7 @@ def _theirs(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathli
 def _ours(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathlib.Path) -> list[dict[str, float]]:
     file = out / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    algorithm = "sft" if same.loss in ("nll", "dft") else "preference"
+    algorithm = next(name for name, module in ALGORITHMS.items() if same.loss in module.LOSSES)
     config = Config(
         algorithm=algorithm,
         cache=str(out / "cache"),
@@ -179,9 +215,12 @@ def _agree(ours: list[dict[str, float]], theirs: Curve) -> None:
 
 @pytest.mark.parametrize("chat", [True, False], ids=["messages", "strings"])
 @pytest.mark.parametrize("name", SAME)
-def test_the_first_steps_are_trls(name: str, chat: bool, start: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_first_steps_are_trls(
+    name: str, chat: bool, start: pathlib.Path, scoring: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Four steps; of KTO one, because the mismatched answers are others and show from the second on."""
     same, steps = SAME[name], 1 if name.startswith("kto") else STEPS
+    start = scoring if same.trainer is RewardTrainer else start
     theirs = _theirs(same, start, same.rows(chat), steps, tmp_path)
     ours = _ours(same, start, same.rows(chat), steps, tmp_path)
     _agree(ours, theirs)

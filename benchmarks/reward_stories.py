@@ -42,7 +42,7 @@ PROMPTS, PROMPT, NEW = 70, 19, 64  # to train on and as many others, and tokens
 TRAINED, HELD_OUT = 4000, 4400  # pairs
 SLOPE = 2.0
 SEEDS = (0, 1, 2)
-BATCH, EPOCHS = 32, 2
+BATCH, EPOCHS = 32, 4
 
 
 def gold(text: str) -> int:

@@ -60,8 +60,8 @@ def config_of(start: pathlib.Path, rows: str, held_out: str, **changes: Any) -> 
 
 
 def trained(config: Config, work: pathlib.Path) -> list[list[Row]]:
-    """The evaluations of each member."""
-    sweep.train_ensemble(config, str(work))
+    """The evaluations of each member; what an earlier call has finished is not done again."""
+    sweep.train_ensemble(config, str(work), resume=True)
     folders = sorted((work / "members").iterdir())
     return [[json.loads(line) for line in (one / "eval.jsonl").read_text().splitlines()] for one in folders]
 
@@ -119,7 +119,9 @@ def rankings(folder: pathlib.Path, out: pathlib.Path) -> dict[str, dict[str, lis
     }
     found = {}
     for way, changes in ways.items():
-        config = config_of(folder / "model", rows, held_out, train__steps=300, evaluate__every=50, **changes)
+        config = config_of(
+            folder / "model", rows, held_out, train__steps=120, evaluate__every=40, evaluate__rows=400, **changes
+        )
         seen = trained(config, out / way.replace(", ", "-"))
         found[way] = {str(row["step"]): accuracies(seen, at) for at, row in enumerate(seen[0])}
     return found

@@ -69,7 +69,13 @@ class Judged:
         world = program.config.data.eval_path + program.config.data.path
         spec = next((path for path in world if path.startswith(worlds.PREFIX)), None)
         given, scorer = program.prompts, program.scorer
-        if spec is not None and given is None:
+        writes = program.config.algorithm != "reward"
+        if not writes and (given or scorer):
+            raise UserError(
+                "--scorer judges what models write, and members of --config.algorithm=reward write nothing; drop it "
+                "with --prompts, and judge them with experiments.rewards."
+            )
+        if spec is not None and given is None and writes:
             given = f"{spec.rpartition('/')[0]}/prompts_held_out"
             scorer = scorer or "gold"
         if (given is None) != (scorer is None):

@@ -35,6 +35,7 @@ from rlhf_jax.evaluate.proxies import GOLD, curves
 from rlhf_jax.evaluate.rewards import COMBINED, LAM, Rewards, combine
 from rlhf_jax.evaluate.scorers import SCORERS, Scorer, score
 from rlhf_jax.models import start
+from rlhf_jax.objective import choose
 from rlhf_jax.report.rewards import Picked, Steps, Together, View, pictures, tables
 from rlhf_jax.sampling.distribution import Sampling, check
 from rlhf_jax.sampling.sampler import Sampler
@@ -129,7 +130,7 @@ def of_steps(path: str) -> bool:
             f"{path!r} holds a run of {config.algorithm}, whose model writes answers and scores none; give --models "
             "reward models, which --config.algorithm=reward trains."
         )
-    return config.loss.name == "process"
+    return choose(config).reads.form == "stepwise"
 
 
 def form_of(path: str) -> Form:

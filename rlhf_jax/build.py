@@ -101,8 +101,9 @@ class Built(NamedTuple):
     @property
     def fresh_head(self) -> bool:
         """Whether the score head is a new one, which no checkpoint has."""
-        words = start.describe(self.start).shape.head == "words"
-        return self.model.shape.head == "score" and (words or self.config.model.init == "random")
+        return self.model.shape.head == "score" and not (
+            self.config.model.init == "checkpoint" and start.scores(self.start)
+        )
 
     def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool = False) -> Iterator[Batch]:
         """Every example once, in batches of the training size, this process's rows."""
@@ -294,6 +295,11 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     which = config.model, config.data, form, split_seed
     data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, split_seed))
     _check_data(data, model, chosen)
+    if config.reward.head != "zero" and config.model.init == "checkpoint" and start.scores(found):
+        raise UserError(
+            f"--config.reward.head={config.reward.head} would be ignored: {found.base} has a score head already; "
+            "drop it."
+        )
     held_out = _held_out(config, data, chosen.reads)
     demonstrations = _demonstrations(config, encoder, length)
     size, mismatched = config.train.batch_size, chosen.reads.mismatched

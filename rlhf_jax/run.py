@@ -7,6 +7,7 @@ before anything is compiled.
 import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -363,7 +364,8 @@ def write_rows(built: Built, rows: list[dict[str, np.ndarray]], index: list[np.n
     for said, numbers in zip(rows, index, strict=True):
         for place, number in enumerate(numbers.reshape(-1).tolist()):
             if number >= 0:
-                figures = {name: float(values[place]) for name, values in said.items()}
+                numbers = {name: float(values[place]) for name, values in said.items()}
+                figures = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
                 lines.append(json.dumps({"row": where[number], "index": number, **figures}))
     part = built.workdir / "held_out.jsonl.part"
     part.write_text("".join(line + "\n" for line in lines))

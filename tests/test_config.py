@@ -38,11 +38,16 @@ def test_every_experiment_passes_every_check(spec, ground, tmp_path):
     config = flags.load(spec)
     assert isinstance(config, Config)
     assert fields.from_dict(Config, fields.to_dict(config)) == config
-    data = dataclasses.replace(config.data, path=(str(ground.pairs),), eval_path=())
+    rows = ground.pairs
+    if config.loss.name == "process":
+        rows = tmp_path / "steps.jsonl"
+        rows.write_text('{"prompt": "1 + 1?", "completions": ["2.", " So 2."], "labels": [true, true]}\n' * 20)
+    data = dataclasses.replace(config.data, path=(str(rows),), eval_path=(), eval_share=0.0)
     if data.length is not None and data.length > 64:  # the context of the model here
         data = dataclasses.replace(data, length=None)
     model = dataclasses.replace(config.model, path=str(ground.model))
-    whole = dataclasses.replace(config, model=model, data=data)
+    alone = dataclasses.replace(config.reward, members=1, demonstrations=())
+    whole = dataclasses.replace(config, model=model, data=data, reward=alone)
     assert build(whole, epath.Path(tmp_path)).steps > 0
 
 

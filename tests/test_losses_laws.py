@@ -276,7 +276,7 @@ def test_what_an_absent_answer_holds_reaches_no_value_and_no_gradient():
     for loss in (all_pairs, plackett_luce):
         group = draw(reads(loss.__name__))
         poisoned = group._replace(score=jnp.where(group.present, group.score, jnp.nan))
-        total = lambda score, loss=loss: jnp.sum(loss(poisoned._replace(score=score)))
+        total = lambda score, loss=loss, poisoned=poisoned: jnp.sum(loss(poisoned._replace(score=score)))
         assert np.isfinite(jax.grad(total)(poisoned.score)).all()
         empty = group._replace(score=jnp.where(group.present, group.score, 0))
         np.testing.assert_array_equal(loss(poisoned), loss(empty))

@@ -80,7 +80,10 @@ def comparison_means(given: Given, rewards: Array, threshold: Array) -> dict[str
 
 
 def row_comparisons(given: Given, rewards: Array, threshold: Array) -> dict[str, Array]:
-    """Of each example, [N]: margin, the mean over its comparisons of what should be above 0; correct, their share."""
+    """Of each example, [N]: margin, the mean over its comparisons of what should be above 0; correct, their share.
+
+    NaN where it has no comparison.
+    """
     margin, compared = (x.reshape(len(given.weight), -1) for x in _comparisons(given, rewards, threshold))
-    mean = lambda x: jnp.sum(x * compared, axis=1) / jnp.maximum(jnp.sum(compared, axis=1), 1)
+    mean = lambda x: jnp.sum(x * compared, axis=1) / jnp.sum(compared, axis=1)
     return {"margin": mean(margin), "correct": mean(right(margin))}

@@ -108,7 +108,7 @@ def make_judge(model: Model, parts: Sequence[Part], config: Any = None) -> Judge
     """As `make_objective`; also what is said of each example, float32 [N].
 
     loss: the weighted sum of the losses, of steps their mean over the example's; margin: the mean over its
-    comparisons, or its steps, of what should be above 0; correct: the share of them that are.
+    comparisons, or its steps, of what should be above 0; correct: the share of them that are. NaN where it has none.
     """
     by_step = parts[0].takes is ScoredSteps
     compares = READS[parts[0].takes].form in ("pair", "ranking")
@@ -187,7 +187,7 @@ def _of_steps(parts: Sequence[Part], per_token: Array, hyper: Any, batch: Batch)
         "steps/count": Mean(jnp.sum(used), jnp.sum(batch["weight"])),
     }
     of_example = lambda x: completion_sums(jnp.where(clear > 0, x * clear, 0), batch)[:, 0]
-    count = jnp.maximum(of_example(jnp.ones_like(clear)), 1)
+    count = of_example(jnp.ones_like(clear))
     loss = jnp.asarray(sum(hyper["weights"][name] * loss for name, loss in losses.items()))
     rows = {"loss": loss, "margin": margin, "correct": right(margin)}
     return terms, means, {name: of_example(value) / count for name, value in rows.items()}

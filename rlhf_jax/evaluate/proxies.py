@@ -30,7 +30,7 @@ def curves(
     Args:
       proxies: [P, N] scores by name.
       gold: [P, N].
-    References: Gao et al. 2023, arXiv:2210.10760.
+    References: Gao et al. 2022, arXiv:2210.10760.
     """
     ranked = {**proxies, **({} if gold is None else {GOLD: gold})}
     draws = next(iter(ranked.values())).shape[1]

@@ -76,6 +76,11 @@ def describe(
     return model if head is None else model.with_head(head)
 
 
+def scores(start: Start) -> bool:
+    """Whether it is a reward model already."""
+    return describe(start).shape.head == "score"
+
+
 def check(start: Start, model: Model) -> None:
     """Reads the headers alone. Errors: UserError naming the first tensor that is missing or doesn't fit."""
     checkpoint.check(start.base, model)

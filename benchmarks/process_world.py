@@ -3,20 +3,23 @@
     python -m benchmarks.process_world --out=FOLDER
     python -m benchmarks.process_world --start=tiny --train=200 --out=FOLDER
 
-The policy is the fine-tuned model of a world's start; it solves sums step by step. Both models start from it and see
-the same of its solutions to training prompts: one the label of each step, the other whether the solution is right as a
-whole. Then it draws N solutions to held-out prompts, and each of the three picks among n of them, n = 1, 2, 4, ... N:
-the mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts, solutions and orders.
-Writes results.json and a table, a line a seed; see docs/results/reward-models.md.
+The policy is the model of a world's start, fine-tuned once more on sums that people solve step by step. Both models
+start from it and see the same of its solutions to training prompts: one the label of each step, the other whether the
+result is right. Then it draws N solutions to held-out prompts, and each of the three picks among n of them, n = 1, 2,
+4, ... N: the mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts, solutions
+and orders. What a run in the folder has finished is not done again. Writes results.json and a table, a line a seed; see
+docs/results/reward-models.md.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from rlhf_jax import run, worlds
 from rlhf_jax.checkpoint import CheckpointConfig
@@ -91,6 +94,22 @@ def config_of(model: str, file: pathlib.Path, loss: str, seed: int, steps: int) 
     )
 
 
+def tuned(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int) -> str:
+    """The policy: fine-tuned on sums as people solve them."""
+    asked = [row["prompt"] for row in world_rows.prompts(args.train, seed, kinds=("sum",))]
+    manner = dataclasses.replace(world_rows.PEOPLE, right=1.0)
+    rows = [
+        {"prompt": prompt, "completion": text}
+        for again in range(3)
+        for prompt, text in zip(asked, world_rows.answers(asked, 3 * seed + again, manner), strict=True)
+    ]
+    file = out / f"sums-{seed}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(start, file, "nll", seed, args.tuning)
+    run.train(dataclasses.replace(config, algorithm="sft"), str(out / f"policy-{seed}"), resume=True)
+    return str(worlds.export(str(out / f"policy-{seed}"), epath.Path(out / f"policy-{seed}-model")))
+
+
 def drawn(subject: Subject, prompts: list[str], samples: int, seed: int) -> list[list[str]]:
     """The policy's solutions."""
     sampler = Sampler(subject.model, samples=samples)
@@ -99,6 +118,7 @@ def drawn(subject: Subject, prompts: list[str], samples: int, seed: int) -> list
 
 def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int) -> dict[str, Any]:
     """Trains both models and holds them against the majority."""
+    start = tuned(args, start, out, seed)
     subject = worlds.open_subject("policy", start)
     asked = lambda count, split: [
         row["prompt"] for row in world_rows.prompts(count, seed, split, shifted=args.long, kinds=("sum",))
@@ -110,7 +130,7 @@ def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int)
         file = out / f"{name}-{seed}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in made))
         work = out / f"{name}-{seed}"
-        run.train(config_of(start, file, loss, seed, args.steps), str(work))
+        run.train(config_of(start, file, loss, seed, args.steps), str(work), resume=True)
         members = [Subject(name, p.model, p.params, p.tokenizer) for p in open_rewards(str(work))]
         models[name] = Rewards(name, members)
     texts = drawn(subject, held, args.samples, seed + 1000)
@@ -142,7 +162,8 @@ def main() -> None:
     flags.add_argument("--start", default="small", help="the world's start whose model solves")
     flags.add_argument("--train", type=int, default=2800, help="prompts to train on; the world has few more")
     flags.add_argument("--each", type=int, default=8, help="solutions to each of them")
-    flags.add_argument("--steps", type=int, default=4000, help="updates of each model")
+    flags.add_argument("--steps", type=int, default=2000, help="updates of each model")
+    flags.add_argument("--tuning", type=int, default=1000, help="updates of the policy")
     flags.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     flags.add_argument("--samples", type=int, default=16, help="solutions to each of them")
     flags.add_argument("--long", action="store_true", help="sums of three operators, which the policy was never shown")

@@ -1,0 +1,52 @@
+"""What the studies of reward models count: words, steps, results, ceilings."""
+
+import pytest
+
+from benchmarks import process_world, reward_stories, reward_world
+from rlhf_jax import worlds
+from rlhf_jax.data import labellers
+
+SUM = "What is 3 + 4 - 2?\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "labels", "result"),
+    [
+        ("Sure! 3 + 4 = 7, 7 - 2 = 5. It is 5.", ["Sure! 3 + 4 = 7,", " 7 - 2 = 5.", " It is 5."], [1, 1, 1], "5"),
+        ("3 + 4 = 8, 8 - 2 = 6. It is 6.", ["3 + 4 = 8,", " 8 - 2 = 6.", " It is 6."], [0, 0, 0], "6"),
+        ("3 + 4 = 7, 7 - 2 = 6. It is 5.", ["3 + 4 = 7,", " 7 - 2 = 6.", " It is 5."], [1, 0, 0], "5"),
+        ("3 + 4 = 7, 7 - 2 = 5. It is 5 or 6.", ["3 + 4 = 7,", " 7 - 2 = 5.", " It is 5 or 6."], [1, 1, 0], None),
+        ("It is 5.", ["It is 5."], [0], "5"),
+        ("I do not know.", ["I do not know."], [0], None),
+        ("", [], [], None),
+    ],
+)
+def test_a_solution_is_its_steps_and_a_result(text, steps, labels, result):
+    assert process_world.solved(SUM, text) == (steps, labels, result)
+    assert "".join(steps) == text
+
+
+def test_rows_of_steps_and_of_outcomes_are_of_the_same_solutions():
+    rows = process_world.rows_of([SUM], [["It is 5.", "It is 5.", "", "3 + 4 = 7, 7 - 2 = 5. It is 5."]])
+    assert [row["labels"] for row in rows] == [[False], [True, True, True]]
+    assert [row["label"] for row in process_world.outcomes(rows)] == [True, True]
+    assert process_world.outcomes(rows)[1]["completion"] == "3 + 4 = 7, 7 - 2 = 5. It is 5."
+
+
+def test_gold_counts_whole_words():
+    assert 15 <= len(reward_stories.HAPPY) <= 20 and 15 <= len(reward_stories.SAD) <= 20
+    assert not set(reward_stories.HAPPY) & set(reward_stories.SAD)
+    assert reward_stories.gold("She was Happy, so happy! Then sad; unhappy and funny.") == 1
+
+
+def test_no_label_is_foretold_better_than_by_its_chance():
+    prompt, right = "Where is the key?\n", "Sure! The key is in the cellar."
+    rows = [
+        {"prompt": prompt, "chosen": right, "rejected": "Ugh.", "gold_margin": 1},
+        {"prompt": prompt, "chosen": "It is here.", "rejected": "It is here.", "gold_margin": 0},
+    ]
+    found = reward_world.ceiling(rows, worlds.RECIPES["small"].world)
+    knobs = labellers.Labeller()
+    sure = 1 - knobs.noise  # of labels that hardly anyone but a slip turns round
+    assert found["gold"] == 0.75
+    assert found["ceiling"] == pytest.approx((sure**2 * (3 - 2 * sure) + 0.5) / 2, abs=0.02)

@@ -3,12 +3,12 @@
     python -m benchmarks.process_world --out=FOLDER
     python -m benchmarks.process_world --start=tiny --train=200 --out=FOLDER
 
-The policy is the model of a world's start, fine-tuned once more on sums that people solve step by step. Both models
-start from it and see the same of its solutions to training prompts: one the label of each step, the other whether the
-result is right. Then it draws N solutions to held-out prompts, and each of the three picks among n of them, n = 1, 2,
-4, ... N: the mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts, solutions
-and orders. What a run in the folder has finished is not done again. Writes results.json and a table, a line a seed; see
-docs/results/reward-models.md.
+The model of a world's start is fine-tuned on sums as people solve them, step by step. After a few updates it is the
+policy, which errs in a third of its solutions; after more it is what both reward models start from. They see the same
+of the policy's solutions to training prompts: one the label of each step, the other whether the result is right. Then
+the policy draws N solutions to held-out prompts, and each of the three picks among n of them, n = 1, 2, 4, ... N: the
+mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts, solutions and orders. What
+a run in the folder has finished is not done again. Writes results.json and a table, a line a seed.
 """
 
 import argparse
@@ -94,20 +94,20 @@ def config_of(model: str, file: pathlib.Path, loss: str, seed: int, steps: int) 
     )
 
 
-def tuned(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int) -> str:
-    """The policy: fine-tuned on sums as people solve them."""
-    asked = [row["prompt"] for row in world_rows.prompts(args.train, seed, kinds=("sum",))]
+def tuned(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int, steps: int) -> str:
+    """The model after so many updates on sums as people solve them."""
+    asked = [row["prompt"] for row in world_rows.prompts(args.tuned, seed, kinds=("sum",))]
     manner = dataclasses.replace(world_rows.PEOPLE, right=1.0)
     rows = [
         {"prompt": prompt, "completion": text}
         for again in range(3)
         for prompt, text in zip(asked, world_rows.answers(asked, 3 * seed + again, manner), strict=True)
     ]
-    file = out / f"sums-{seed}.jsonl"
+    file, work = out / f"sums-{seed}.jsonl", out / f"tuned-{steps}-{seed}"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = config_of(start, file, "nll", seed, args.tuning)
-    run.train(dataclasses.replace(config, algorithm="sft"), str(out / f"policy-{seed}"), resume=True)
-    return str(worlds.export(str(out / f"policy-{seed}"), epath.Path(out / f"policy-{seed}-model")))
+    config = dataclasses.replace(config_of(start, file, "nll", seed, steps), algorithm="sft")
+    run.train(config, str(work), resume=True)
+    return str(worlds.export(str(work), epath.Path(out / f"{work.name}-model")))
 
 
 def drawn(subject: Subject, prompts: list[str], samples: int, seed: int) -> list[list[str]]:
@@ -118,8 +118,8 @@ def drawn(subject: Subject, prompts: list[str], samples: int, seed: int) -> list
 
 def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int) -> dict[str, Any]:
     """Trains both models and holds them against the majority."""
-    start = tuned(args, start, out, seed)
-    subject = worlds.open_subject("policy", start)
+    policy, start = (tuned(args, start, out, seed, steps) for steps in (args.tuning, args.start_tuning))
+    subject = worlds.open_subject("policy", policy)
     asked = lambda count, split: [
         row["prompt"] for row in world_rows.prompts(count, seed, split, shifted=args.long, kinds=("sum",))
     ]
@@ -160,10 +160,12 @@ def main() -> None:
     """Measures and prints."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--start", default="small", help="the world's start whose model solves")
-    flags.add_argument("--train", type=int, default=2800, help="prompts to train on; the world has few more")
-    flags.add_argument("--each", type=int, default=8, help="solutions to each of them")
-    flags.add_argument("--steps", type=int, default=2000, help="updates of each model")
-    flags.add_argument("--tuning", type=int, default=1000, help="updates of the policy")
+    flags.add_argument("--tuned", type=int, default=2800, help="prompts to fine-tune on; the world has few more")
+    flags.add_argument("--tuning", type=int, default=80, help="updates of the policy")
+    flags.add_argument("--start_tuning", type=int, default=1000, help="updates of what both start from")
+    flags.add_argument("--train", type=int, default=250, help="prompts whose solutions are labelled")
+    flags.add_argument("--each", type=int, default=4, help="solutions to each of them")
+    flags.add_argument("--steps", type=int, default=300, help="updates of each model")
     flags.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     flags.add_argument("--samples", type=int, default=16, help="solutions to each of them")
     flags.add_argument("--long", action="store_true", help="sums of three operators, which the policy was never shown")

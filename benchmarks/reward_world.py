@@ -11,7 +11,7 @@ three seeds on the same rows, in one program. Four tables:
   apart into pairs (bradley_terry), with as many answers in each step;
 - members: five members on bootstrapped rows against each of them alone, where the shorter answer is really better.
 
-Writes results.json and prints the tables; see docs/results/reward-models.md.
+Writes results.json and prints it.
 """
 
 import argparse

@@ -154,7 +154,8 @@ def _by_row(config: Config, losses: Mapping[str, Callable[..., Any]], form: str)
     for argument, source in asked.items():
         flag = f"--config.data.{source}"
         if not any(_takes_rows(loss, argument) for loss in losses.values()):
-            able = ", ".join(name for name, loss in LOSSES.items() if _takes_rows(loss, argument))
+            own = ALGORITHMS[config.algorithm].LOSSES.items()
+            able = ", ".join(name for name, loss in own if _takes_rows(loss, argument)) or "those of another algorithm"
             raise UserError(
                 f"loss {config.loss.name!r} would ignore {flag}: it takes no {argument} row by row; drop the flag or "
                 f"choose --config.loss.name from {able}."

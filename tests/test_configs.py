@@ -21,6 +21,7 @@ VARIANTS = {name: runpy.run_path(str(file)).get("VARIANTS", {}) for name, file i
 # What the first step must give, where the policy is its own reference: nats, and IPO's (1 / (2 beta))^2.
 FIRST: dict[str, float] = {
     "dpo": math.log(2), "zephyr": math.log(2), "tulu3": math.log(2), "smollm3": 1.0, "ipo": 2500.0, "kto": 0.5,
+    "reward": math.log(2), "process_reward": math.log(2),
 }  # fmt: skip
 EVALUATED = ("dpo", "sft")  # the others would compile the same once more
 
@@ -62,7 +63,8 @@ def test_every_tiny_variant_trains(name, cache, tmp_path):
     if name not in EVALUATED:
         argv += ["--config.data.eval_path=", "--config.data.eval_share=0"]
     flags.run(train.main, train.Train, argv)
-    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    folder = tmp_path / "members/seed=0" if name == "ensemble" else tmp_path
+    first, second = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert math.isfinite(second["loss"])
     assert first["loss"] == pytest.approx(FIRST.get(name, first["loss"]), rel=1e-4)
     if name == "rpo":  # the likelihood comes on top

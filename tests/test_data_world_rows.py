@@ -188,7 +188,7 @@ def test_another_process_writes_the_same_bytes(folder, tmp_path):
     command = [sys.executable, "-m", "experiments.data", f"--out={tmp_path}/other", *flagged]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 10 and "30 rows  " in done.stdout
+    assert len(done.stdout.splitlines()) == 11 and "30 rows  " in done.stdout
     assert {file.name: file.read_bytes() for file in (tmp_path / "other").iterdir()} == {
         file.name: file.read_bytes() for file in folder.iterdir()
     }

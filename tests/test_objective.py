@@ -18,6 +18,7 @@ from rlhf_jax.config import Config, Loss
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.losses.preference import Pair, PerRow, dpo
+from rlhf_jax.losses.reward import REWARD
 from rlhf_jax.losses.supervised import SUPERVISED, Tokens, nll
 from rlhf_jax.losses.unpaired import Answer, ShiftedAnswer
 from rlhf_jax.ops.logprobs import TokenStats
@@ -26,6 +27,7 @@ from tests import tiny
 from tests.problem import part
 
 HERE = "tests.test_objective"
+OWN = {"sft": SUPERVISED, "reward": REWARD}  # the losses of other algorithms than preference
 
 
 def without_beta(pair: Pair, *, scale: float = 1.0) -> jax.Array:
@@ -44,7 +46,7 @@ def config_of(name: str = "dpo", **changes: Any) -> Config:
         Config(loss=Loss(name=name)),
         model=dataclasses.replace(Config().model, path="/nowhere/model"),
         data=dataclasses.replace(Config().data, path=("/nowhere/rows.jsonl",)),
-        algorithm="sft" if name.partition("+")[0] in SUPERVISED else "preference",
+        algorithm=next((own for own, losses in OWN.items() if name.partition("+")[0] in losses), "preference"),
     )
     for place, value in changes.items():
         section, _, field = place.rpartition("__")
@@ -211,8 +213,8 @@ def test_what_a_sum_reads_is_what_one_of_its_losses_reads():
 @pytest.mark.parametrize(
     ("column", "argument", "takers"),
     [
-        ("probability", "label_smoothing", ["dpo", "exo", "cpo"]),
-        ("margin", "margin", ["dpo", "hinge", "simpo", "alphapo"]),
+        ("probability", "label_smoothing", ["dpo", "exo", "cpo", "bradley_terry"]),
+        ("margin", "margin", ["dpo", "hinge", "simpo", "alphapo", "bradley_terry"]),
     ],
 )
 def test_only_losses_that_say_so_take_a_column(column, argument, takers):

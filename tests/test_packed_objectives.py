@@ -89,7 +89,9 @@ def packed_batch(file: pathlib.Path, reading: str, form: Any, encoder: Encoder) 
         examples = dataset.unpaired(examples)
     third = lambda example: abs(max(map(len, example.completions)) - LENGTH / 3)  # so that two or three fit a row
     if form == "ranking":
-        examples = [dataclasses.replace(e, completions=e.completions[:3], ranks=e.ranks[:3]) for e in examples]
+        examples = [
+            dataclasses.replace(e, completions=e.completions[:3], ranks=e.ranks[:3], preferred=()) for e in examples
+        ]
     examples = sorted(examples, key=third)[:EXAMPLES]
     loader = Loader(examples, batch_size=ROWS, length=LENGTH, pack=True, mismatched=form == "labelled")
     loader.most = MOST

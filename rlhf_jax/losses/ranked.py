@@ -24,6 +24,7 @@ def dpo_pl(group: Ranked, *, beta: float = 0.1) -> Array:
     - r_i. Ties are not compared. For two completions it is `preference.dpo`.
     References: Rafailov et al. 2023, arXiv:2305.18290, appendix A.3, Eq. 20.
 
+    >>> import jax.numpy as jnp
     >>> row = jnp.zeros((1, 3))
     >>> print(dpo_pl(Ranked(row, row, jnp.array([[0.0, 1.0, 2.0]]), row == 0)))  # log 3 + log 2
     [1.7917595]

@@ -160,7 +160,7 @@ def scoring(start: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
     model = model.with_head("score")
     zeros = jax.jit(model.init)(jax.random.key(0))
     params = {name: params.get(name, zeros[name]) for name in zeros}
-    hf.write(folder, model, new_head(params, jax.random.PRNGKey(1)))
+    hf.write(str(folder), model, new_head(params, jax.random.PRNGKey(1)))
     AutoTokenizer.from_pretrained(start).save_pretrained(folder)
     return folder
 
@@ -192,7 +192,7 @@ def _theirs(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathli
 def _ours(same: Same, start: pathlib.Path, rows: Rows, steps: int, out: pathlib.Path) -> list[dict[str, float]]:
     file = out / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    algorithm = next(name for name, module in ALGORITHMS.items() if same.loss in module.LOSSES)
+    algorithm: Any = next(name for name, module in ALGORITHMS.items() if same.loss in module.LOSSES)
     config = Config(
         algorithm=algorithm,
         cache=str(out / "cache"),

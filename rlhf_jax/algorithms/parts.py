@@ -1,12 +1,12 @@
 """What an objective is made of: one loss, or several in a weighted sum, each with its own denominator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algorithms.step import Batch, Term
+from rlhf_jax.algorithms.step import Batch, Term, TrainState
 from rlhf_jax.losses.supervised import SmoothTokens, Tokens
 from rlhf_jax.ops.logprobs import TokenStats
 
@@ -44,3 +44,19 @@ def token_term(part: Part, stats: TokenStats, used: Array, hyper: Any, batch: Ba
     per_token = part.loss(tokens, **part.numbers(hyper, batch))
     total = jnp.sum(jnp.where(used > 0, per_token * used, 0))
     return Term(hyper["weights"][part.name], total, jnp.sum(used))
+
+
+# What an algorithm is made of that freezes nothing and has no state of its own.
+
+
+def rows_as_they_are(*_: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
+    """A make_prepare: the rows are the batch."""
+
+    def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
+        yield rows
+
+    return prepare
+
+
+def nothing(*_: Any) -> None:
+    """A make_carry, and a make_advance."""

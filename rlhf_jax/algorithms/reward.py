@@ -1,7 +1,7 @@
 """Reward models: a score for every answer, learnt from pairs, rankings, and labels of answers or of their steps."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array
 
 from rlhf_jax.algorithms.comparisons import Labels, comparison_means, labels_of, right, row_comparisons
 from rlhf_jax.algorithms.completions import completion_sums
-from rlhf_jax.algorithms.parts import Part
+from rlhf_jax.algorithms.parts import Part, nothing, rows_as_they_are
 from rlhf_jax.algorithms.step import (
     Batch,
     Judge,
@@ -18,7 +18,6 @@ from rlhf_jax.algorithms.step import (
     Objective,
     Reads,
     Term,
-    TrainState,
     balance_term,
     flat_rows,
     token_weight,
@@ -193,18 +192,4 @@ def _of_steps(parts: Sequence[Part], per_token: Array, hyper: Any, batch: Batch)
     return terms, means, {name: of_example(value) / count for name, value in rows.items()}
 
 
-def make_prepare(*_: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
-    """Labels are all in the rows: the rows are the batch."""
-
-    def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
-        yield rows
-
-    return prepare
-
-
-def make_carry(*_: Any) -> None:
-    """It has no state of its own."""
-
-
-def make_advance(*_: Any) -> None:
-    """Nothing to advance."""
+make_prepare, make_carry, make_advance = rows_as_they_are, nothing, nothing

@@ -1,20 +1,18 @@
 """Supervised fine-tuning: make the demonstrated completions likely."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.algorithms.completions import completion_sums
-from rlhf_jax.algorithms.parts import TOKENS, Part, token_term
+from rlhf_jax.algorithms.parts import TOKENS, Part, nothing, rows_as_they_are, token_term
 from rlhf_jax.algorithms.step import (
-    Batch,
     Judge,
     Mean,
     Objective,
     Reads,
-    TrainState,
     balance_term,
     flat_rows,
     token_weight,
@@ -59,18 +57,4 @@ def make_judge(model: Model, parts: Sequence[Part], config: Any = None) -> Judge
     return judge
 
 
-def make_prepare(*_: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
-    """Demonstrations need nothing frozen: the rows are the batch."""
-
-    def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
-        yield rows
-
-    return prepare
-
-
-def make_carry(*_: Any) -> None:
-    """It has no state of its own."""
-
-
-def make_advance(*_: Any) -> None:
-    """Nothing to advance."""
+make_prepare, make_carry, make_advance = rows_as_they_are, nothing, nothing

@@ -341,7 +341,7 @@ def _loader(config: Config, data: dataset.Dataset, form: str, length: int, misma
 def _model(config: Config, mesh: Mesh) -> tuple[start.Start, Model]:
     """Where the model lies, and the model with its adapter, checked against the weights and the mesh."""
     found = start.find(str(config.model.path))
-    head = "score" if config.algorithm == "reward" else "words"
+    head = ALGORITHMS[config.algorithm].HEAD
     plain = start.describe(found, config.model.numerics(), Layout(mesh), head)
     if config.model.init == "checkpoint":
         start.check(found, plain)

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from rlhf_jax import fields, sharding
+from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.checkpoint import is_sealed, latest, read_host, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
@@ -143,7 +144,7 @@ def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.shardin
         raise UserError(f"{str(workdir)!r} does not hold {wanted}; it holds those of steps {there or 'none'}.")
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
     found = start.find(str(config.model.path))
-    head = "score" if config.algorithm == "reward" else "words"
+    head = ALGORITHMS[config.algorithm].HEAD
     model = lora.attach(config.lora, start.describe(found, config.model.numerics(), Layout(mesh), head))
     shapes = model.shapes() if model.adapter is None else lora.split(model.shapes())[0]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

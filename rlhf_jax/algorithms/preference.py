@@ -32,6 +32,7 @@ from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
 BESIDE = TOKENS  # what it may add up with its own: the likelihood of chosen answers
+HEAD = "words"
 SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
 SYNC_MIX = 0.6  # the paper's, where none is set
 

@@ -12,6 +12,7 @@ from rlhf_jax.algorithms.comparisons import Labels, comparison_means, labels_of,
 from rlhf_jax.algorithms.completions import completion_sums
 from rlhf_jax.algorithms.parts import Part, nothing, rows_as_they_are
 from rlhf_jax.algorithms.step import (
+    SCORE,
     Batch,
     Judge,
     Mean,
@@ -36,7 +37,7 @@ READS = {
     ScoredSteps: Reads("stepwise"),
 }
 BESIDE: tuple[type, ...] = ()  # a model that scores has no likelihood to add
-HEAD = 4  # the purpose that the key of a new head is folded with
+HEAD = "score"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RewardConfig:
 def new_head(params: Any, key: Array) -> Any:
     """The parameters with a random score head: N(0, 1 / (width + 1)), Stiennon et al. 2020, arXiv:2009.01325."""
     score = params["score"]
-    drawn = jax.random.normal(jax.random.fold_in(key, HEAD), score.shape) / (len(score) + 1) ** 0.5
+    drawn = jax.random.normal(jax.random.fold_in(key, SCORE), score.shape) / (len(score) + 1) ** 0.5
     return params | {"score": drawn.astype(score.dtype)}
 
 

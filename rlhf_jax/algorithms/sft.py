@@ -25,6 +25,7 @@ from rlhf_jax.models.decoder import Model
 LOSSES: Mapping[str, Callable[..., Array]] = SUPERVISED
 READS = {takes: Reads("demonstration") for takes in TOKENS}
 BESIDE: tuple[type, ...] = ()
+HEAD = "words"
 
 
 def make_objective(model: Model, parts: Sequence[Part], config: Any = None) -> Objective:

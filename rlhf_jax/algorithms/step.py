@@ -22,6 +22,7 @@ from rlhf_jax.ops.logprobs import Stat, TokenStats
 STEP = 1  # purposes that keys are folded with
 INIT = 2
 ADAPTER = 3
+SCORE = 4
 
 
 class Term(NamedTuple):

@@ -1,14 +1,13 @@
 """What labels of steps are worth: the best of n solutions by a process model, an outcome model and the majority.
 
     python -m benchmarks.process_world --out=FOLDER
-    python -m benchmarks.process_world --start=tiny --train=200 --out=FOLDER
 
-The model of a world's start is fine-tuned on sums as people solve them, step by step. After a few updates it is the
-policy, which errs in a third of its solutions; after more it is what both reward models start from. They see the same
-of the policy's solutions to training prompts: one the label of each step, the other whether the result is right. Then
-the policy draws N solutions to held-out prompts, and each of the three picks among n of them, n = 1, 2, 4, ... N: the
-mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts, solutions and orders. What
-a run in the folder has finished is not done again. Writes results.json and a table, a line a seed.
+Models of four layers learn sums as people solve them, step by step, from nothing. After a few updates one is the
+policy, which errs in most of its solutions; after more another knows the sums, and both reward models start from it.
+They see the same of the policy's solutions to training prompts: one the label of each step, the other whether the
+result is right. Then the policy draws N solutions to held-out prompts, and each of the three picks among n of them, n
+= 1, 2, 4, ... N: the mean over all subsets (of the majority: over 200 drawn ones). Every seed draws other prompts,
+models, solutions and orders. What a run in the folder has finished is not done again. Writes results.json and a table.
 """
 
 import argparse
@@ -27,16 +26,19 @@ from rlhf_jax.config import Config, Evaluate, Loss, ModelConfig, OptimizerConfig
 from rlhf_jax.data import world, world_rows
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.data.world import Manner
 from rlhf_jax.evaluate.answers import Subject, answer
 from rlhf_jax.evaluate.best_of import best_of
 from rlhf_jax.evaluate.process import judge_steps, majority_of, solution_score
 from rlhf_jax.evaluate.rewards import Rewards
 from rlhf_jax.metrics import LogConfig
+from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler
 from rlhf_jax.workdir import open_rewards
 
-CACHE = "~/.cache/rlhf_jax"
 HOW = ("product", "minimum", "last")
+# The most tokens of a sum with its solution. The policy may say more, and is then cut off.
+LENGTH, SAMPLING = 32, Sampling(max_new_tokens=20)
 
 
 def solved(prompt: str, text: str) -> tuple[list[str], list[bool], str | None]:
@@ -78,15 +80,17 @@ def outcomes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"prompt": row["prompt"], "completion": "".join(row["completions"]), "label": row["right"]} for row in rows]
 
 
-def config_of(model: str, file: pathlib.Path, loss: str, seed: int, steps: int) -> Config:
+def config_of(model: str, file: pathlib.Path, loss: str, seed: int, steps: int, rate: float = 1e-3) -> Config:
     """One model, on all rows of a file."""
     return Config(
         algorithm="reward",
         seed=seed,
         model=ModelConfig(path=model),
-        data=Data(path=(str(file),), eval_share=0.0, **worlds.LENGTH),
+        data=Data(
+            path=(str(file),), eval_share=0.0, length=LENGTH, buckets=(LENGTH,), too_long="refuse", max_refused=1
+        ),
         loss=Loss(name=loss),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=20),
+        optimizer=OptimizerConfig(learning_rate=rate, schedule="cosine", warmup=20),
         train=Train(steps=steps, batch_size=32),
         evaluate=Evaluate(every=0),
         checkpoint=CheckpointConfig(every=0, keep_last=1),
@@ -94,18 +98,27 @@ def config_of(model: str, file: pathlib.Path, loss: str, seed: int, steps: int) 
     )
 
 
-def tuned(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int, steps: int) -> str:
-    """The model after so many updates on sums as people solve them."""
+def base(args: argparse.Namespace, out: pathlib.Path, seed: int) -> tuple[str, pathlib.Path]:
+    """A model without weights with its tokenizer, and a file of sums, solved in as many words as needed."""
     asked = [row["prompt"] for row in world_rows.prompts(args.tuned, seed, kinds=("sum",))]
-    manner = dataclasses.replace(world_rows.PEOPLE, right=1.0)
-    rows = [
-        {"prompt": prompt, "completion": text}
-        for again in range(3)
-        for prompt, text in zip(asked, world_rows.answers(asked, 3 * seed + again, manner), strict=True)
-    ]
-    file, work = out / f"sums-{seed}.jsonl", out / f"tuned-{steps}-{seed}"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = dataclasses.replace(config_of(start, file, "nll", seed, steps), algorithm="sft")
+    plain = Manner(right=1.0, polite=0.0, rude=0.0, padded=0.0)
+    solutions = world_rows.answers(asked, seed, plain)
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(asked, solutions, strict=True)]
+    file, folder = out / f"sums-{seed}.jsonl", out / f"base-{seed}"
+    if not folder.exists():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        size = {"num_hidden_layers": args.layers, "hidden_size": args.width, "intermediate_size": 3 * args.width}
+        texts = [row["prompt"] + row["completion"] for row in rows]
+        worlds.write_model(epath.Path(folder), texts, worlds.SHAPE | size | {"vocab_size": 320})
+    return str(folder), file
+
+
+def tuned(args: argparse.Namespace, out: pathlib.Path, seed: int, steps: int) -> str:
+    """The model after so many updates on solved sums, from random weights."""
+    model, file = base(args, out, seed)
+    work = out / f"tuned-{steps}-{seed}"
+    config = config_of(model, file, "nll", seed, steps, rate=3e-3)
+    config = dataclasses.replace(config, algorithm="sft", model=ModelConfig(path=model, init="random"))
     run.train(config, str(work), resume=True)
     return str(worlds.export(str(work), epath.Path(out / f"{work.name}-model")))
 
@@ -113,16 +126,14 @@ def tuned(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int, st
 def drawn(subject: Subject, prompts: list[str], samples: int, seed: int) -> list[list[str]]:
     """The policy's solutions."""
     sampler = Sampler(subject.model, samples=samples)
-    return answer(subject, Encoder(subject.tokenizer), sampler, prompts, worlds.SAMPLING, seed).texts
+    return answer(subject, Encoder(subject.tokenizer), sampler, prompts, SAMPLING, seed).texts
 
 
-def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int) -> dict[str, Any]:
+def one_seed(args: argparse.Namespace, out: pathlib.Path, seed: int) -> dict[str, Any]:
     """Trains both models and holds them against the majority."""
-    policy, start = (tuned(args, start, out, seed, steps) for steps in (args.tuning, args.start_tuning))
+    policy, start = (tuned(args, out, seed, steps) for steps in (args.tuning, args.start_tuning))
     subject = worlds.open_subject("policy", policy)
-    asked = lambda count, split: [
-        row["prompt"] for row in world_rows.prompts(count, seed, split, shifted=args.long, kinds=("sum",))
-    ]
+    asked = lambda count, split: [row["prompt"] for row in world_rows.prompts(count, seed, split, kinds=("sum",))]
     train, held = asked(args.train, "train"), asked(args.prompts, "held_out")
     rows = rows_of(train, drawn(subject, train, args.each, seed))
     models = {}
@@ -159,29 +170,30 @@ def one_seed(args: argparse.Namespace, start: str, out: pathlib.Path, seed: int)
 def main() -> None:
     """Measures and prints."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--start", default="small", help="the world's start whose model solves")
+    flags.add_argument("--layers", type=int, default=4, help="of all models")
+    flags.add_argument("--width", type=int, default=64, help="of all models")
     flags.add_argument("--tuned", type=int, default=2800, help="prompts to fine-tune on; the world has few more")
-    flags.add_argument("--tuning", type=int, default=80, help="updates of the policy")
-    flags.add_argument("--start_tuning", type=int, default=1000, help="updates of what both start from")
-    flags.add_argument("--train", type=int, default=250, help="prompts whose solutions are labelled")
+    flags.add_argument("--tuning", type=int, default=150, help="updates of the policy")
+    flags.add_argument("--start_tuning", type=int, default=800, help="updates of what both start from")
+    flags.add_argument("--train", type=int, default=2800, help="prompts whose solutions are labelled")
     flags.add_argument("--each", type=int, default=4, help="solutions to each of them")
-    flags.add_argument("--steps", type=int, default=300, help="updates of each model")
+    flags.add_argument("--steps", type=int, default=2000, help="updates of each model")
     flags.add_argument("--prompts", type=int, default=200, help="held-out prompts")
     flags.add_argument("--samples", type=int, default=16, help="solutions to each of them")
-    flags.add_argument("--long", action="store_true", help="sums of three operators, which the policy was never shown")
     flags.add_argument("--seeds", type=int, default=3, help="how often")
     flags.add_argument("--out", required=True, help="folder to write")
     args = flags.parse_args()
     run.use_compile_cache()
     out = pathlib.Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    start = str(worlds.folder(args.start, CACHE, run.train) / "model")
-    found = [one_seed(args, start, out, seed) for seed in range(args.seeds)]
-    (out / "results.json").write_text(json.dumps({"args": vars(args), "seeds": found}, indent=2) + "\n")
-    for row in found:
-        print(f"seed {row['seed']}: {row['rows']} solutions, {row['right']:.0%} right; steps {row['steps'].mean:.3f}")
+    found = []
+    for seed in range(args.seeds):
+        row = one_seed(args, out, seed)
+        found.append(row)
+        (out / "results.json").write_text(json.dumps({"args": vars(args), "seeds": found}, indent=2) + "\n")
+        print(f"seed {seed}: {row['rows']} solutions, {row['right']:.0%} right; steps {row['steps'].mean:.3f}")
         for name, shares in row["accuracy"].items():
-            print(f"  {name:10}" + "".join(f"{share:8.3f}" for share in shares))
+            print(f"  {name:10}" + "".join(f"{share:8.3f}" for share in shares), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What the studies of reward models count: words, steps, results, ceilings."""
 
+import numpy as np
 import pytest
 
 from benchmarks import process_world, reward_stories, reward_world
-from rlhf_jax import worlds
 from rlhf_jax.data import labellers
 
 SUM = "What is 3 + 4 - 2?\n"
@@ -39,14 +39,17 @@ def test_gold_counts_whole_words():
     assert reward_stories.gold("She was Happy, so happy! Then sad; unhappy and funny.") == 1
 
 
-def test_no_label_is_foretold_better_than_by_its_chance():
+def test_held_out_rankings_are_judged_by_each_two_answers_that_they_tell_apart():
     prompt, right = "Where is the key?\n", "Sure! The key is in the cellar."
     rows = [
-        {"prompt": prompt, "chosen": right, "rejected": "Ugh.", "gold_margin": 1},
-        {"prompt": prompt, "chosen": "It is here.", "rejected": "It is here.", "gold_margin": 0},
+        {"prompt": prompt, "completions": [right, "Ugh.", "It is here."], "ranks": [0.0, 1.0, 1.0]},
+        {"prompt": prompt, "completions": ["It is here.", right], "ranks": [0.0, 1.0]},
     ]
-    found = reward_world.ceiling(rows, worlds.RECIPES["small"].world)
-    knobs = labellers.Labeller()
-    sure = 1 - knobs.noise  # of labels that hardly anyone but a slip turns round
-    assert found["gold"] == 0.75
-    assert found["ceiling"] == pytest.approx((sure**2 * (3 - 2 * sure) + 0.5) / 2, abs=0.02)
+    person = labellers.Labeller()
+    held = reward_world.Held.of(rows, person)
+    assert held.texts == [(prompt, right), (prompt, "Ugh."), (prompt, "It is here.")]
+    assert [*zip(held.better.tolist(), held.worse.tolist(), strict=True)] == [(0, 1), (0, 2), (2, 0)]
+    # Hardly anything but a slip turns such labels round.
+    assert held.chance == pytest.approx([1 - person.noise, 1 - person.noise, person.noise], abs=0.02)
+    assert held.accuracy(held.gold) == pytest.approx(2 / 3)
+    assert held.accuracy(np.asarray([1.0, 1.0, 0.0])) == pytest.approx(0.5)

@@ -24,7 +24,7 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 parity: $(PARITY_VENV)/.installed
-	$(PARITY_VENV)/bin/python -m pytest tests/parity
+	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -n 2 --dist worksteal tests/parity
 
 clean:
 	rm -rf $(VENV) $(PARITY_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

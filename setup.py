@@ -16,6 +16,8 @@ README = HERE / "README.md"
 
 # JAX's own extra names the libtpu that matches it; a mismatched pair compiles and then misreports.
 TPU = "jax[tpu]>=0.10.2,<0.13"
+# It pins the LaTeX parser that its results depend on.
+VERIFY = "math-verify>=0.9,<0.10"
 
 setup(
     name="rlhf_jax",
@@ -48,17 +50,19 @@ setup(
     extras_require={
         "tpu": [TPU],
         "wandb": ["wandb>=0.31,<1"],
+        "verify": [VERIFY],
         "test": [
             "hypothesis>=6.170,<7",
             "pyright[nodejs]==1.1.414",  # a newer one finds other things
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17.6,<0.18",
+            VERIFY,
             # Compiling for a TPU needs libtpu and no TPU; it is made for this platform only.
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
         # The two sides of tests/parity, and nothing that the package itself imports.
-        "parity": ["pytest>=9.2,<10", "torch==2.13.0", "trl==1.16.0", "peft==0.21.2"],
+        "parity": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "torch==2.13.0", "trl==1.16.0", "peft==0.21.2"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

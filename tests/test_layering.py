@@ -20,7 +20,7 @@ FLOORS = (
     "checkpoint", "metrics", "report", "config", "objective", "build", "workdir", "worlds",
     "initial", "members", "run", "sweep", "plan",
 )  # fmt: skip
-SHARED_BY_ALGORITHMS = ("step", "parts", "comparisons", "completions", "optimizers")
+SHARED_BY_ALGORITHMS = ("step", "parts", "comparisons", "completions", "optimizers", "rollouts")
 # Other people's packages that a floor may import; the floors that aren't named may import any.
 ARRAYS = ("jax", "numpy", "chex")
 PARTIES = {

@@ -202,6 +202,7 @@ def make_step(
     reduce_dtype: str = "float32",
     layout: Layout = Layout(),
     advance: Callable[[TrainState, Batch, dict[str, Array]], Any] | None = None,
+    skip: Callable[[TrainState, Batch], Array] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The pure train step: (state, batch) -> (state, metrics); jit it with donated state.
 
@@ -209,6 +210,8 @@ def make_step(
       microbatches: pieces that the batch is differentiated in, each a divisor's share of its rows.
       reduce_dtype: of summed gradients.
       advance: the next `carry` from (the state after the update with the old carry, batch, metrics); None leaves it.
+      skip: bool, from (the state before the update, batch); where True params and opt_state stay as they are and the
+        rate is 0, while the step and the carry go on. None: never.
     Returns: metrics are float32 scalars: loss and the objective's means at the parameters before the update,
       grad_norm before clipping, learning_rate of this update; and tokens, int32, those that are not padding.
     """
@@ -226,8 +229,14 @@ def make_step(
         transform = optimizer.transform(state.hyper["optimizer"])
         updates, opt_state = transform.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        rate = numbers["learning_rate"]
+        if skip is not None:
+            stays = skip(state, batch)
+            before, after = (state.params, state.opt_state), (params, opt_state)
+            params, opt_state = jax.tree.map(lambda old, new: jnp.where(stays, old, new), before, after)
+            rate = jnp.where(stays, 0, rate)
         metrics = {name: ratio(*mean) for name, mean in means.items()}
-        metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": numbers["learning_rate"]}
+        metrics |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
         metrics["tokens"] = jnp.sum(batch["segments"] > 0)
         state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
         carry = state.carry if advance is None else advance(state, batch, metrics)

@@ -1,0 +1,298 @@
+"""Proximal policy optimisation with a value model: learn from the policy's own completions and their scores.
+
+Each call of `prepare` is one rollout: draw, measure, score, then rewards, advantages and returns, which are columns of
+minibatches that the same step as everywhere takes one by one. `params` are {"policy": a model of words, "value": one
+with a score head}.
+
+References: Schulman et al. 2017, arXiv:1707.06347; for language Ziegler et al. 2019, arXiv:1909.08593; its details
+Huang et al. 2024, arXiv:2403.17031.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms.parts import Part
+from rlhf_jax.algorithms.rollouts import (
+    Asked,
+    keys,
+    mean,
+    measure,
+    minibatches,
+    policy_means,
+    policy_term,
+    sampled,
+    token_values,
+    total,
+    used_tokens,
+)
+from rlhf_jax.algorithms.step import Batch, Mean, Objective, Term, TrainState, balance_term, flat_rows, wanted, whole
+from rlhf_jax.errors import UserError
+from rlhf_jax.losses.policy import value_loss
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.ops.advantages import gae, masked_mean, token_rewards, whiten
+from rlhf_jax.ops.kl import ESTIMATORS, adaptive
+
+Estimator = Literal["k1", "k2", "k3", "k3_plus"]
+SHOWN = 16  # tokens of a completion in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoConfig:
+    """How rollouts become rewards and advantages, and how often each is learnt from."""
+
+    epochs: Annotated[int, "times that a rollout is learnt from"] = 4
+    minibatches: Annotated[int, "updates an epoch; they divide the rollout's rows"] = 4
+    gamma: Annotated[float, "discount a token"] = 1.0
+    lam: Annotated[float, "of the advantages: 1 sums rewards to the end, 0 trusts the value of the next token"] = 0.95
+    kl: Annotated[float, "price of leaving the reference, reward units a nat; the first one if it adapts"] = 0.05
+    kl_in: Annotated[Literal["reward", "loss"], "whether that price is part of the rewards or a term of the loss"] = (
+        "reward"
+    )
+    kl_estimator: Annotated[Estimator | None, "of the KL; none: k1 in the reward, k3_plus in the loss"] = None
+    kl_target: Annotated[float | None, "nats a completion that the price adapts to; none: it stays"] = None
+    kl_horizon: Annotated[float, "completions over which an adaptive price changes by 20%"] = 10_000.0
+    whiten_rewards: Annotated[bool, "divide token rewards by their standard deviation, their mean kept"] = False
+    whiten_advantages: Annotated[bool, "give the advantages of a rollout mean 0 and standard deviation 1"] = True
+    value_weight: Annotated[float, "of the value's loss beside the policy's"] = 0.1
+    value_clip: Annotated[float, "reward units that a value may move in a rollout; inf: any"] = 0.2
+    entropy: Annotated[
+        float | None, "weight of the policy's entropy, nats a token, as a bonus; none: there is none"
+    ] = None
+    missing_end: Annotated[
+        Literal["replace", "subtract"], "what missing_end_score does to the score of a completion without an end"
+    ] = "replace"
+    missing_end_score: Annotated[float, "the score that it gets, or whose size is subtracted from its own"] = -1.0
+    stop_kl: Annotated[
+        float | None, "policy/approxkl, nats a token, past which the rest of a rollout isn't learnt from; none: all is"
+    ] = None
+    temperature: Annotated[float, "of sampling; it divides the logits of every model here"] = 1.0
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Those that programs read from hyper["ppo"]; what is None isn't there, and the programs don't ask for it."""
+        whole_numbers = ("epochs", "minibatches")
+        values = {name: value for name, value in vars(self).items() if name not in whole_numbers}
+        return {n: x for n, x in values.items() if isinstance(x, int | float) and not isinstance(x, bool)}
+
+    @property
+    def estimator(self) -> Estimator:
+        """Of the KL. Errors: UserError for one that would teach nothing."""
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise UserError(
+                "kl_estimator k1 has no gradient on average, so that with kl_in=loss it would hold nothing back; "
+                "choose --config.ppo.kl_estimator=k3_plus, k2 or k3."
+            )
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3_plus")
+
+
+# ---- what is differentiated
+
+
+def make_objective(model: Model, value_model: Model, part: Part, config: PpoConfig = PpoConfig()) -> Objective:
+    """A loss of `losses.policy`, the value's, and if asked for the entropy's and the KL's, each with its denominator.
+
+    The policy's is that of its loss; the others are means over completion tokens. A batch is a minibatch of
+    `make_prepare`.
+    """
+    estimate = ESTIMATORS[config.estimator]
+    want = wanted(model, "logprobs", "entropy")
+
+    def objective(params, frozen, hyper, batch, key):
+        numbers, rows = hyper["ppo"], flat_rows(batch)
+        policy = whole(params["policy"], frozen)
+        stats = model.token_stats(policy, rows, temperature=numbers["temperature"], want=want)
+        said = sampled(stats.logprobs, batch)
+        count = jnp.sum(said.used)
+        terms = {"policy": policy_term(part, said, hyper, batch)}
+        values = token_values(Asked(value_model, params["value"]), rows)
+        terms["value"], means = _value(values, said.used, numbers, batch)
+        if config.entropy is not None:
+            terms["entropy"] = Term(-numbers["entropy"], total(stats.entropy, said.used), count)
+        if config.kl_in == "loss":
+            price = batch["coefficient"][:, None]
+            terms["kl"] = Term(1.0, total(price * estimate(said.ref_ratio), said.used), count)
+        means |= policy_means(part, said, stats, hyper, batch) | _rollout_means(batch)
+        means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}
+        return balance_term(model, stats, batch, hyper, terms, means)
+
+    return objective
+
+
+def _value(values: Array, used: Array, numbers: Any, batch: Batch) -> tuple[Term, dict[str, Mean]]:
+    """The value's term, and what is plotted of it; values [B, T]."""
+    column = lambda name: jnp.where(used > 0, batch[name][:, 0], 0)
+    old, returns, clip = column("values"), column("returns"), numbers["value_clip"]
+    loss = value_loss(values, old, returns, used > 0, clip=clip)
+    error = jnp.square(jnp.where(used > 0, values, 0) - returns)
+    means = {
+        "val/loss": mean(loss, used),
+        "val/error": mean(error, used),
+        "val/clip": mean(2 * loss > error, used),  # where the clipped one is the larger
+        "val/explained": mean(batch["explained"], batch["weight"]),
+    }
+    return Term(numbers["value_weight"], total(loss, used), jnp.sum(used)), means
+
+
+def _rollout_means(batch: Batch) -> dict[str, Mean]:
+    """What the completions of a minibatch earned, each a mean over completions: of scores as they count."""
+    names = {"score": "score", "kl": "sequence_kl", "non_score_reward": "penalty", "coefficient": "coefficient"}
+    means = {f"objective/{name}": mean(batch[column], batch["weight"]) for name, column in names.items()}
+    means["objective/rlhf_reward"] = mean(batch["score"] + batch["penalty"], batch["weight"])
+    return means
+
+
+# ---- what is frozen in a batch
+
+
+def make_prepare(
+    model: Model,
+    value_model: Model,
+    config: PpoConfig,
+    draw: Callable[[Any, Batch, Array], Batch],
+    score: Callable[[Batch], Any],
+    reference: tuple[Model, Any] | None,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit,
+) -> Callable[[TrainState, Batch], Iterator[Batch]]:
+    """One rollout, then its minibatches, epoch by epoch.
+
+    Args:
+      draw: (the policy's parameters, rows, key uint32 [2]) -> a batch of rollouts, see `rollouts`; it samples at
+        config.temperature.
+      score: that batch -> what each completion earns, float32 [B]; it may run on the host, while the models are
+        asked. The same on every process.
+      reference: a fixed model and its parameters; None: the state's frozen base, which an adapter leaves as it was.
+      compiled: makes a program of (params, frozen, fixed, carry, hyper, rows) -> columns.
+    Errors: UserError that names the row of a score that isn't finite.
+    """
+    reference_model = model.without_adapter() if reference is None else reference[0]
+
+    def look(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
+        policy, value = Asked(model, whole(params["policy"], frozen)), Asked(value_model, params["value"])
+        temperature = hyper["ppo"]["temperature"]
+        return measure(policy, rows, temperature=temperature, reference=Asked(reference_model, fixed), value=value)
+
+    def earn(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
+        return _earned(config, carry, hyper["ppo"], rows)
+
+    measured, earned = compiled(look), compiled(earn)
+
+    def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
+        samples, order = keys(state.key, state.step)
+        drawn = draw(whole(state.params["policy"], state.frozen), rows, samples)
+        fixed = state.frozen if reference is None else reference[1]
+        batch = drawn | measured(state.params, state.frozen, fixed, state.carry, state.hyper, drawn)
+        batch |= {"score": _finite(score(drawn), drawn)}
+        batch |= earned(None, None, None, state.carry, state.hyper, batch)
+        # From here on the state isn't read: the step donates its buffers.
+        yield from minibatches(batch, config.epochs, config.minibatches, order, model.layout)
+
+    return prepare
+
+
+def _finite(scores: Any, batch: Batch) -> np.ndarray:
+    """The scores of a rollout on the host, float32 [B], 0 for padding. Errors: UserError for one that isn't finite."""
+    fetch = lambda name: sharding.fetch(jnp.asarray(batch[name]))
+    scores, real = np.asarray(scores, np.float32), fetch("weight") > 0
+    if scores.shape != real.shape:
+        raise ValueError(f"{real.shape} rollouts have scores of the shape {scores.shape}")
+    wrong = np.flatnonzero(real & ~np.isfinite(scores))
+    if wrong.size:
+        row = int(wrong[0])
+        ids = fetch("tokens")[row][fetch("mask")[row]].tolist()
+        shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
+        raise UserError(
+            f"the score of a completion is {scores[row]}: rollout {row}, row {int(fetch('index')[row])} of the data, "
+            f"{len(ids)} tokens ({shown}); {wrong.size} of {int(real.sum())} scores aren't finite. Mend the reward."
+        )
+    return np.where(real, scores, 0)
+
+
+def _earned(config: PpoConfig, carry: Any, numbers: Any, batch: Batch) -> Batch:
+    """Rewards, advantages and returns of a rollout, and what is plotted of it; whitening is over all of it.
+
+    Returns: advantages and returns [B, 1, T]; [B] each: score, as it counts; sequence_kl, the sum of log pi - log ref;
+      penalty, what the rewards lost for it; coefficient, its price; explained, the share of the returns' variance
+      that the values foresaw; and with an adaptive price next_coefficient, what it is after this rollout.
+    """
+    used = used_tokens(batch) > 0
+    column = lambda name: jnp.where(used, batch[name][:, 0], 0)
+    log_ratio, values = column("old_logprobs") - column("ref_logprobs"), column("values")
+    weight = batch["weight"]
+    score = jnp.where(weight > 0, _end_counts(config, numbers, batch), 0)
+    coefficient = numbers["kl"] if config.kl_target is None else carry["kl"]
+    price = coefficient if config.kl_in == "reward" else 0.0
+    kl = ESTIMATORS[config.estimator](log_ratio)
+    rewards = token_rewards(score, kl, used, coefficient=price)
+    rewards = whiten(rewards, used, shift=False) if config.whiten_rewards else rewards
+    advantages = gae(rewards, values, used, gamma=numbers["gamma"], lam=numbers["lam"])
+    returns = advantages + values
+    missed, whole_spread = _spread(advantages, used), _spread(returns, used)
+    foreseen = jnp.where(whole_spread > 0, 1 - missed / jnp.where(whole_spread > 0, whole_spread, 1), 0)
+    made = {"score": score, "sequence_kl": jnp.sum(log_ratio, axis=1), "penalty": -price * jnp.sum(kl, axis=1)}
+    made |= {"coefficient": jnp.broadcast_to(coefficient, score.shape)}
+    made |= {"explained": jnp.broadcast_to(foreseen, score.shape)}
+    if config.kl_target is not None:
+        count = jnp.sum(weight)
+        kl_of_all = total(made["sequence_kl"], weight) / jnp.maximum(count, 1)
+        after = adaptive(coefficient, kl_of_all, count, target=numbers["kl_target"], horizon=numbers["kl_horizon"])
+        made["next_coefficient"] = jnp.broadcast_to(after, score.shape)
+    advantages = whiten(advantages, used) if config.whiten_advantages else advantages
+    return made | {"advantages": advantages[:, None], "returns": returns[:, None]}
+
+
+def _end_counts(config: PpoConfig, numbers: Any, batch: Batch) -> Array:
+    """Scores, [B], in which a completion that the length cut off has what `missing_end` says (Huang et al. 2024)."""
+    given, missing = batch["score"], numbers["missing_end_score"]
+    without = {"replace": lambda: missing, "subtract": lambda: given - jnp.abs(missing)}[config.missing_end]()
+    return jnp.where(batch["ended"], given, without)
+
+
+def _spread(x: Array, mask: Array) -> Array:
+    """The variance over a mask."""
+    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+# ---- the carry
+
+
+def make_carry(config: PpoConfig, hyper: Any) -> dict[str, Array] | None:
+    """The algorithm's own state at the start: kl, an adaptive price; stop, whether the rollout is done with."""
+    carry = {}
+    if config.kl_target is not None:
+        carry["kl"] = jnp.array(hyper["ppo"]["kl"], jnp.float32)  # a copy: the step donates both
+    if config.stop_kl is not None:
+        carry["stop"] = jnp.zeros((), bool)
+    return carry or None
+
+
+def make_advance(config: PpoConfig) -> Callable[[TrainState, Batch, dict[str, Array]], Any] | None:
+    """The carry after an update, None if there is none.
+
+    The price moves after a rollout's last minibatch, by the KL of the whole rollout (Ziegler et al. 2019, sec. 2.2). A
+    minibatch on which the policy has gone too far is the last that the rollout's policy learns from.
+    """
+    if config.kl_target is None and config.stop_kl is None:
+        return None
+
+    def advance(state: TrainState, batch: Batch, metrics: dict[str, Array]) -> Any:
+        carry, last = dict(state.carry), jnp.any(batch["last"])
+        if config.kl_target is not None:
+            carry["kl"] = jnp.where(last, jnp.max(batch["next_coefficient"]), carry["kl"])
+        if config.stop_kl is not None:
+            far = metrics["policy/approxkl"] > state.hyper["ppo"]["stop_kl"]
+            carry["stop"] = (carry["stop"] | far) & ~last
+        return carry
+
+    return advance
+
+
+def make_skip(config: PpoConfig) -> Callable[[TrainState, Batch], Array] | None:
+    """Whether the step leaves the parameters as they are, see `make_step`; None if it never does."""
+    return None if config.stop_kl is None else lambda state, batch: state.carry["stop"]

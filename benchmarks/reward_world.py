@@ -191,9 +191,11 @@ def rankings(folder: pathlib.Path, out: pathlib.Path, held: Held) -> dict[str, d
 def members(folder: pathlib.Path, out: pathlib.Path, held: Held) -> dict[str, Any]:
     """What five members together and each alone make of the policy's answers to held-out prompts."""
     file, count = first_prompts(folder, out, None)
+    # Comparisons leave each member's zero free: a minimum would be whoever scores lowest throughout.
+    demonstrations = (str(folder / "demonstrations_held_out.jsonl"),)
     config = config_of(
         folder / "model", file, train__steps=updates(count) // 2, reward__members=MEMBERS, reward__head="normal",
-        data__bootstrap=True,
+        reward__demonstrations=demonstrations, data__bootstrap=True,
     )  # fmt: skip
     work = trained(config, out / "ensemble")
     rewards = opened(work)

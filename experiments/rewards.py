@@ -32,7 +32,7 @@ from rlhf_jax.evaluate.calibration import calibration
 from rlhf_jax.evaluate.judgements import Comparisons, agreement, comparisons, gold_of, judge, records
 from rlhf_jax.evaluate.process import judge_steps
 from rlhf_jax.evaluate.proxies import GOLD, curves
-from rlhf_jax.evaluate.rewards import COMBINED, LAM, Rewards, combine
+from rlhf_jax.evaluate.rewards import COMBINED, LAM, Rewards, combine, lowest
 from rlhf_jax.evaluate.scorers import SCORERS, Scorer, score
 from rlhf_jax.models import start
 from rlhf_jax.objective import choose
@@ -216,6 +216,11 @@ def judged(rewards: Rewards, files: Mapping[str, str], gold: Scorer | None, prog
     parts = parts_of(found, files)
     members, known = rewards.scores(found.rows), None if gold is None else gold_of(found, gold)
     views = scores_of(rewards.name, members, program.lam)
+    if (one := lowest(members)) is not None:
+        into.notes.append(
+            f"{rewards.name}: the minimum is member {one + 1}'s score for nearly every answer, because the members' "
+            "zeros differ; train them with --config.reward.demonstrations=ROWS, which makes these score 0 by each."
+        )
     for part, some in parts.items():
         for name, scores in views.items():
             difference = scores[some.better] - scores[some.worse]
@@ -290,7 +295,7 @@ def write(out: epath.Path, found: Results, program: Judge) -> epath.Path:
     (out / "results.json").write_text(json.dumps(kept, indent=2) + "\n")
     (out / "judgements.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found.lines))
     settings = "\n".join(f"--{name}={value}" for name, value in dataclasses.asdict(program).items())
-    notes = [report.Text("Rows left out", found.notes)] if found.notes else []
+    notes = [report.Text("Notes", found.notes)] if found.notes else []
     blocks = [*told, *pictures(found.views, found.picked), *notes, report.Code("How it was made", settings)]
     return report.write(out / "report.html", "Reward models", blocks)
 

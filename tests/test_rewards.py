@@ -24,7 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate import proxies
 from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.judgements import agreement, comparisons, gold_of, judge, quantiles
-from rlhf_jax.evaluate.rewards import Rewards, _batch, _text, combine
+from rlhf_jax.evaluate.rewards import Rewards, _batch, _text, combine, lowest
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.workdir import open_model, open_rewards
 from tests import tiny
@@ -158,6 +158,14 @@ def test_ways_of_combining():
     for how in ("mean", "minimum", "mean_less_variance"):
         np.testing.assert_allclose(combine(np.tile(scores[:1], (3, 1)), how), scores[0])  # members that agree
         np.testing.assert_allclose(combine(scores + 2, how), combine(scores, how) + 2)
+
+
+def test_a_member_whose_zero_is_far_below_is_all_that_the_minimum_says():
+    scores = np.random.default_rng(0).normal(size=(3, 200))
+    assert lowest(scores) is None and lowest(scores[:1]) is None
+    apart = scores - [[0], [9], [0]]
+    assert lowest(apart) == 1
+    np.testing.assert_array_equal(combine(apart, "minimum"), apart[1])
 
 
 def test_members_with_different_tokenizers_are_refused(pair):

@@ -44,6 +44,20 @@ def combine(scores: np.ndarray, how: str, lam: float = LAM) -> np.ndarray:
     return COMBINED[how](np.asarray(scores, np.float64), lam)
 
 
+def lowest(scores: np.ndarray) -> int | None:
+    """The member [members, N] that alone is the minimum of 95% of the answers or more, so that it says nothing else.
+
+    Comparisons leave each member's zero free. None if there is no such member, or but one.
+
+    >>> print(lowest(np.array([[1.0, 3.0], [0.5, 2.0]])))
+    1
+    """
+    if len(scores) < 2 or not scores.shape[1]:
+        return None
+    times = np.bincount(np.argmin(scores, axis=0), minlength=len(scores))
+    return int(times.argmax()) if times.max() >= 0.95 * scores.shape[1] else None
+
+
 class Rewards:
     """One or several models of scores that read the same tokens.
 

@@ -146,9 +146,9 @@ def one_seed(args: argparse.Namespace, out: pathlib.Path, seed: int) -> dict[str
         models[name] = Rewards(name, members)
     texts = drawn(subject, held, args.samples, seed + 1000)
     flat = [(prompt, text) for prompt, several in zip(held, texts, strict=True) for text in several]
-    parts = [solved(prompt, text) for prompt, text in flat]
     # A text that is empty has no step: nothing speaks for it.
-    steps = [[step for step in said if step.strip()] or ["."] for said, _, _ in parts]
+    parts = [solved(prompt, text) if text.strip() else (["."], [False], None) for prompt, text in flat]
+    steps = [said for said, _, _ in parts]
     right = [world.parse(prompt).right for prompt in held]
     shape = len(held), args.samples
     answers = np.asarray([result for _, _, result in parts], object).reshape(shape)
@@ -160,7 +160,7 @@ def one_seed(args: argparse.Namespace, out: pathlib.Path, seed: int) -> dict[str
     sizes = [2**i for i in range(args.samples.bit_length()) if 2**i <= args.samples]
     found = {name: [float(best_of(correct, n, by=scores).mean()) for n in sizes] for name, scores in ranked.items()}
     found["majority"] = [float(majority_of(answers.tolist(), right, n, seed=seed).mean()) for n in sizes]
-    judged = judge_steps(told, [labels[: len(row)] for (_, labels, _), row in zip(parts, told, strict=True)])
+    judged = judge_steps(told, [labels for _, labels, _ in parts])
     return {
         "seed": seed, "rows": len(rows), "right": float(np.mean([row["right"] for row in rows])), "n": sizes,
         "accuracy": found, "steps": judged.accuracy, "majority_of_steps": judged.majority,

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import time
+from typing import Any
 
 import pytest
 
@@ -172,7 +173,8 @@ def test_no_answer_is_run_as_python(installed, monkeypatch, text):
     ran = []
     inner = sympy_parser.eval_expr
     monkeypatch.setattr(sympy_parser, "eval_expr", lambda code, *rest: ran.append(code) or inner(code, *rest))
-    parse(rf"\boxed{{{text} + 31415}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+    untimed: Any = None
+    parse(rf"\boxed{{{text} + 31415}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=untimed)
     # SymPy makes its numbers, and those alone, through Python's parser.
     assert all(re.fullmatch(r"(Integer|Float) \('?[\d.]+'? ?\)", code) for code in ran)
 

@@ -9,10 +9,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes a
 from etils import epath
 
 from rlhf_jax import flags, sharding
-from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models import peft
+from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.objective import choose
 from rlhf_jax.workdir import load_config, load_policy, load_trained
 

@@ -1,8 +1,6 @@
 """An experiment from its config: everything that can be refused is refused here, before anything is compiled."""
 
 import dataclasses
-import math
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -10,19 +8,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rlhf_jax import fields, metrics, objective, registry, sharding
+from rlhf_jax import objective, online, sharding
 from rlhf_jax.algorithms import ALGORITHMS
-from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
 from rlhf_jax.algorithms.parts import Part
+from rlhf_jax.algorithms.rollouts import Models
 from rlhf_jax.algorithms.step import Batch, Objective, Optimizer, Reads
+from rlhf_jax.checks import check
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader, once
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import checkpoint, lora, start
+from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
+from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.ops.layout import Layout
 
 T = TypeVar("T")
@@ -59,6 +59,7 @@ class Built(NamedTuple):
     optimizer: Optimizer
     hyper: dict[str, Any]
     steps: int
+    online: online.Online | None  # what surrounds rollouts; None for what learns from rows
 
     @property
     def moves(self) -> bool:
@@ -76,27 +77,51 @@ class Built(NamedTuple):
         return getattr(self.config, self.config.algorithm, None)
 
     @property
+    def _models(self) -> Model | Models:
+        return self.model if self.online is None else self.online.models
+
+    @property
     def objective(self) -> Objective:
         """What is differentiated."""
-        return self._of_algorithm("make_objective", self.model, self.parts, self._section)
+        return self._of_algorithm("make_objective", self._models, self.parts, self._section)
 
     @property
     def judge(self) -> Callable[..., Any]:
         """The objective, and what is said of single rows."""
-        return self._of_algorithm("make_judge", self.model, self.parts, self._section)
+        return self._of_algorithm("make_judge", self._models, self.parts, self._section)
 
-    def prepare(self, reference: Any, compiled: Callable[..., Any]) -> Callable[..., Iterator[Batch]]:
-        """Batches from rows."""
-        return self._of_algorithm("make_prepare", self.model, self.parts, self._section, reference, compiled)
+    def prepare(
+        self, reference: Any, compiled: Callable[..., Any], held_out: bool = False
+    ) -> Callable[..., Iterator[Batch]]:
+        """Batches from rows, or from held-out rows."""
+        around = () if self.online is None else (self.online.around(self.mesh, held_out),)
+        return self._of_algorithm(
+            "make_prepare", self._models, self.parts, self._section, reference, compiled, *around
+        )  # fmt: skip
 
-    def carry(self, params: Any) -> Any:
+    def carry(self, params: Any, hyper: Any) -> Any:
         """The algorithm's own state at the start."""
-        return self._of_algorithm("make_carry", self.parts, self._section, params)
+        return self._of_algorithm("make_carry", self.parts, self._section, params, hyper)
 
     @property
     def advance(self) -> Callable[..., Any] | None:
         """How that state moves; None if there is none."""
         return self._of_algorithm("make_advance", self.parts, self._section)
+
+    @property
+    def skip(self) -> Callable[..., Any] | None:
+        """Which steps are left out; None if none is."""
+        return self._of_algorithm("make_skip", self.parts, self._section)
+
+    @property
+    def refers(self) -> bool:
+        """Whether there is a fixed reference, beside a policy that learns from rollouts."""
+        return self.online is not None and self._of_algorithm("refers", self._section)
+
+    @property
+    def batches(self) -> int:
+        """Batches of rows that all steps take."""
+        return -(-self.steps // _updates(self.config, self.reads))
 
     @property
     def fresh_head(self) -> bool:
@@ -107,99 +132,11 @@ class Built(NamedTuple):
 
     def rows_once(self, examples: Sequence[dataset.Example], mismatched: bool = False) -> Iterator[Batch]:
         """Every example once, in batches of the training size, this process's rows."""
-        size = self.config.train.batch_size
+        size = _rows(self.config, self.reads) // _rounds(self.config)
         return once(
             examples, batch_size=size, length=self.loader.length, buckets=self.config.data.buckets,
             mismatched=mismatched, pack=self.config.data.pack, rows=sharding.local_rows(self.mesh, size),
         )  # fmt: skip
-
-
-def _optimizer(config: Config) -> tuple[Callable[[int], Optimizer], dict[str, float]]:
-    """The optimiser for a number of steps, and its numbers."""
-    section = config.optimizer
-    make = registry.resolve(OPTIMIZERS, section.name, "optimizer")
-    numbers = registry.arguments("optimizer", make, section)
-    clip = float("inf") if section.clip_norm is None else section.clip_norm
-    numbers |= {"learning_rate": section.learning_rate, "clip_norm": clip}
-    if section.decay is not None and section.schedule != "wsd":
-        raise UserError(
-            f"schedule {section.schedule!r} would ignore decay; drop --config.optimizer.decay or choose "
-            "--config.optimizer.schedule=wsd."
-        )
-    decay = 0.2 if section.decay is None else section.decay
-    return lambda steps: Optimizer(make, make_schedule(section.schedule, steps, section.warmup, decay)), numbers
-
-
-# What a number may be, and the fields that hold it to that. Every other number must be finite at least.
-ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "at least 1": (
-        lambda x: x >= 1,
-        (
-            "train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk",
-            "preference.sync_every", "reward.members",
-        ),
-    ),
-    "at least 0": (
-        lambda x: x >= 0,
-        (
-            "checkpoint.every", "checkpoint.keep_best", "evaluate.every", "evaluate.rows", "evaluate.patience",
-            "data.threads", "train.balance", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
-            "loss.weights", "loss.desirable_weight", "loss.undesirable_weight", "loss.z_loss", "loss.centre",
-        ),
-    ),
-    "above 0": (lambda x: x > 0, ("loss.beta", "optimizer.clip_norm")),
-    "above 0 and at most 1": (
-        lambda x: 0 < x <= 1,
-        ("optimizer.decay", "preference.sync_mix"),
-    ),
-    "above 0 and below 1": (lambda x: 0 < x < 1, ("loss.tau",)),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, ("preference.length_alpha", "loss.neutral")),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, ("optimizer.b1", "optimizer.b2", "optimizer.momentum")),
-    "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
-    "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("seed",)),
-}  # fmt: skip
-
-
-def _check_values(config: Config) -> None:
-    """Errors: UserError naming the first field whose value means nothing, and what is allowed."""
-    finite = "finite", math.isfinite
-    rules = {name: (says, test) for says, (test, names) in ALLOWED.items() for name in names}
-    for leaf in fields.leaves(config):
-        several = leaf.value if isinstance(leaf.value, tuple) else (leaf.value,)
-        numbers = [x for x in several if isinstance(x, int | float) and not isinstance(x, bool)]
-        given = f"--config.{leaf.path}={fields.text(leaf.value)}"
-        for says, test in (finite, rules.get(leaf.path, finite)):
-            if not all(map(test, numbers)):
-                raise UserError(f"{given} is not allowed; it must be {says}.")
-        if "" in several:
-            raise UserError(f"{given} is empty; give a value or drop the flag.")
-
-
-def _check_patience(config: Config) -> None:
-    if not config.evaluate.patience:
-        return
-    if not config.evaluate.every:
-        raise UserError("--config.evaluate.patience counts evaluations, and --config.evaluate.every=0 makes none.")
-    best = config.checkpoint
-    if not best.keep_best or (best.best, best.best_mode) != ("eval/loss", "min"):
-        raise UserError(
-            "--config.evaluate.patience keeps the checkpoint with the lowest eval/loss; leave "
-            "--config.checkpoint.keep_best at 1 or more, and best and best_mode as they are."
-        )
-
-
-def _check_batch(config: Config, shards: int) -> None:
-    train = config.train
-    if config.data.pack and config.data.buckets:
-        raise UserError(
-            f"--config.data.buckets={fields.text(config.data.buckets)} would be ignored: packed rows have one length, "
-            "data.length; drop it or --config.data.pack."
-        )
-    if train.batch_size % (shards * train.microbatches):
-        raise UserError(
-            f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "
-            f"{shards} row shards (mesh data x fsdp x expert); make it a multiple of {shards * train.microbatches}."
-        )
 
 
 def _balance(config: Config, model: Model) -> dict[str, float]:
@@ -214,61 +151,6 @@ def _balance(config: Config, model: Model) -> dict[str, float]:
     return {}
 
 
-def tokenizer_folder(found: start.Start, other: str | None = None) -> epath.Path:
-    """Where the tokenizer is: in `other` if given, else with the adapter if it has one of its own, or the model."""
-    if other:
-        return checkpoint.folder(other, "--config.model.tokenizer")
-    return found.with_file("tokenizer.json", "tokenizer_config.json")
-
-
-def load_tokenizer(folder: epath.Path) -> Any:
-    """The tokenizer of a model folder. Errors: UserError where there is none."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install torch
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(os.fspath(folder))
-    except Exception as error:  # a broken tokenizer.json raises whatever its reader stumbled over
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise UserError(
-            f"{folder} holds no tokenizer that transformers can read ({reason}); "
-            "give one with --config.model.tokenizer=FOLDER."
-        ) from error
-
-
-class Checked(NamedTuple):
-    """What a config says by itself."""
-
-    chosen: objective.Chosen
-    make_optimizer: Callable[[int], Optimizer]
-    rates: dict[str, float]
-    mesh: Mesh
-
-
-def check(config: Config) -> Checked:
-    """All that can be checked before a file is read.
-
-    Errors: UserError for whatever the user can mend.
-    """
-    _check_values(config)
-    _check_patience(config)
-    if config.reward.members > 1:
-        raise UserError(
-            f"--config.reward.members={config.reward.members} is an ensemble, which python -m experiments.train trains "
-            "(from Python: rlhf_jax.sweep.train_ensemble); leave it at 1 here."
-        )
-    metrics.check(config.log)
-    chosen = objective.choose(config)
-    make_optimizer, rates = _optimizer(config)
-    if config.model.path is None:
-        raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
-    mesh = sharding.make_mesh(config.mesh)
-    if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
-        raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
-    _check_batch(config, Layout(mesh).shards)
-    return Checked(chosen, make_optimizer, rates, mesh)
-
-
 def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> Built:
     """Reads and checks everything that a run needs, and compiles nothing.
 
@@ -281,18 +163,14 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     found, model = memory.get(
         ("model", config.algorithm, config.model, config.lora, config.mesh), lambda: _model(config, mesh)
     )
-    length = model.shape.length if config.data.length is None else config.data.length
-    if length > model.shape.length:
-        raise UserError(
-            f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
-        )
+    length, most = _lengths(config, model, chosen.reads)
     tokenizer, encoder = memory.get(("encoder", config.model, config.data), lambda: _encoder(config, found))
     form = cast(Any, chosen.reads.form)
     rows = memory.get(
-        ("rows", config.model, config.data, form), lambda: dataset.read(config.data, encoder, form, length)
+        ("rows", config.model, config.data, form, most), lambda: dataset.read(config.data, encoder, form, most)
     )
     split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
-    which = config.model, config.data, form, split_seed
+    which = config.model, config.data, form, most, split_seed
     data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, split_seed))
     _check_data(data, model, chosen)
     if config.reward.head != "zero" and config.model.init == "checkpoint" and start.scores(found):
@@ -302,16 +180,53 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
         )
     held_out = _held_out(config, data, chosen.reads)
     demonstrations = _demonstrations(config, encoder, length)
-    size, mismatched = config.train.batch_size, chosen.reads.mismatched
+    size, mismatched = _rows(config, chosen.reads), chosen.reads.mismatched
     loader = memory.get(
-        ("loader", *which, config.seed, size, mismatched), lambda: _loader(config, data, form, length, mismatched)
+        ("loader", *which, config.seed, size, mismatched), lambda: _loader(config, data, chosen.reads, most, size)
     )
-    steps = config.train.steps or -(-len(loader.rows) // config.train.batch_size)
+    steps = config.train.steps or -(-len(loader.rows) // size) * _updates(config, chosen.reads)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
+    begun = online.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
+    around = online.surround(config, begun) if form == "prompt" else None
     return Built(
         config, workdir, mesh, model, found, tokenizer, data, held_out, demonstrations, loader, chosen.parts,
-        chosen.reads, make_optimizer(steps), hyper, steps,
+        chosen.reads, make_optimizer(steps), hyper, steps, around,
     )  # fmt: skip
+
+
+def _lengths(config: Config, model: Model, reads: Reads) -> tuple[int, int]:
+    """Most tokens of a row, and of what is read of it: of a prompt, whose completion needs room."""
+    length = model.shape.length if config.data.length is None else config.data.length
+    if length > model.shape.length:
+        raise UserError(
+            f"data.length={length} is more than the model's context of {model.shape.length} tokens; lower it."
+        )
+    if reads.form != "prompt":
+        return length, length
+    new = config.rollout.max_new_tokens
+    if new > length - 2:
+        raise UserError(
+            f"rollout.max_new_tokens={new} leaves no room for a prompt in rows of {length} tokens; lower it, or raise "
+            "--config.data.length as far as the model's context allows."
+        )
+    return length, length - new
+
+
+def _updates(config: Config, reads: Reads) -> int:
+    """Updates that a batch of rows gives."""
+    return config.rollout.updates if reads.form == "prompt" else 1
+
+
+def _rows(config: Config, reads: Reads) -> int:
+    """Rows of a batch, as the loader gives it."""
+    if reads.form != "prompt":
+        return config.train.batch_size
+    return config.train.batch_size * config.rollout.minibatches // config.rollout.samples * _rounds(config)
+
+
+def _rounds(config: Config) -> int:
+    """As many times the prompts of a rollout are read for one, so that groups can be replaced."""
+    return config.group.rounds
 
 
 DEMONSTRATIONS = 256  # the first of them are enough for a mean
@@ -327,14 +242,15 @@ def _demonstrations(config: Config, encoder: Encoder, length: int) -> tuple[data
     return dataset.split(read, dataclasses.replace(data, eval_share=0.0), 0).train[:DEMONSTRATIONS]
 
 
-def _loader(config: Config, data: dataset.Dataset, form: str, length: int, mismatched: bool) -> Loader:
-    examples = dataset.unpaired(data.train) if form == "labelled" else data.train
+def _loader(config: Config, data: dataset.Dataset, reads: Reads, length: int, size: int) -> Loader:
+    examples = dataset.unpaired(data.train) if reads.form == "labelled" else data.train
     if config.data.bootstrap:
         examples = dataset.bootstrap(examples, config.seed)
+    if reads.form == "prompt":  # the longest there is, so that short prompts get short rows
+        length = max(len(example.completions[0]) for example in (*data.train, *data.evaluation))
     return Loader(
-        examples, batch_size=config.train.batch_size, seed=config.seed, length=length,
-        buckets=config.data.buckets, weights=config.data.weights,
-        mismatched=mismatched, pack=config.data.pack,
+        examples, batch_size=size, seed=config.seed, length=length, buckets=config.data.buckets,
+        weights=config.data.weights, mismatched=reads.mismatched, pack=config.data.pack,
     )  # fmt: skip
 
 

@@ -3,11 +3,15 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from rlhf_jax.algorithms.group import GroupConfig
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS
+from rlhf_jax.algorithms.ppo import PpoConfig
 from rlhf_jax.algorithms.preference import PreferenceConfig
 from rlhf_jax.algorithms.reward import RewardConfig
+from rlhf_jax.algorithms.rollouts import RolloutConfig
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.data.config import Data
+from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models.decoder import Numerics
@@ -61,7 +65,7 @@ class Train:
     """How long, and in what pieces."""
 
     steps: Annotated[int | None, "optimiser updates; none: one pass over the data"] = None
-    batch_size: Annotated[int, "rows of an update: pairs, labelled answers or demonstrations"] = 8
+    batch_size: Annotated[int, "rows of an update: pairs, labelled answers, demonstrations or completions"] = 8
     microbatches: Annotated[int, "pieces that an update's rows are differentiated in, to save memory"] = 1
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "of gradients summed over microbatches"] = "float32"
     balance: Annotated[
@@ -85,7 +89,7 @@ class Config:
     """One training run."""
 
     seed: Annotated[int, "of the rows' order, the held-out split and random weights"] = 0
-    algorithm: Annotated[Literal["sft", "preference", "reward"], "what learns"] = "preference"
+    algorithm: Annotated[Literal["sft", "preference", "reward", "ppo", "group"], "what learns"] = "preference"
     cache: Annotated[str, "folder of reference columns that runs share"] = "~/.cache/rlhf_jax"
     model: ModelConfig = ModelConfig()
     lora: Lora = Lora()
@@ -93,6 +97,10 @@ class Config:
     loss: Loss = Loss()  # pyright: ignore[reportInvalidTypeForm]
     preference: PreferenceConfig = PreferenceConfig()
     reward: RewardConfig = RewardConfig()
+    ppo: PpoConfig = PpoConfig()
+    group: GroupConfig = GroupConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
@@ -102,4 +110,14 @@ class Config:
 
 
 # What may differ between a run and its resumption without making it another experiment.
-MAY_CHANGE_ON_RESUME = ("train.steps", "cache", "evaluate.", "checkpoint.", "mesh.", "log.", "data.threads")
+MAY_CHANGE_ON_RESUME = (
+    "train.steps",
+    "cache",
+    "evaluate.",
+    "checkpoint.",
+    "mesh.",
+    "log.",
+    "data.threads",
+    "rollout.slots",
+    "rewards.deadline",
+)

@@ -36,13 +36,28 @@ def base_params(built: Built) -> Any:
 
 def new_adapter(built: Built) -> Any:
     """The adapter that training starts with; it changes nothing yet."""
-    places = sharding.param_shardings(trained_shapes(built), built.mesh)
+    places = sharding.param_shardings(_policy_shapes(built), built.mesh)
     make = jax.jit(lambda key: lora.init_adapter(built.model, key), out_shardings=places)
     return make(jax.random.fold_in(jax.random.key(built.config.seed), ADAPTER))
 
 
+def trained_params(built: Built, base: Any) -> Any:
+    """What training starts from, see `trained_shapes`, in buffers of its own but for the base's.
+
+    Args: base: all weights of the model, frozen where they are adapted.
+    """
+    own = base if built.model.adapter is None else lora.with_score(new_adapter(built), base)
+    value = None if built.online is None else built.online.value
+    return own if value is None else {"policy": own, "value": value.make()}
+
+
 def trained_shapes(built: Built) -> Any:
-    """The shapes and dtypes of what is trained: all weights, or the adapter."""
+    """The shapes and dtypes of what is trained: all weights, or the adapter; beside a value that of both."""
+    own, value = _policy_shapes(built), None if built.online is None else built.online.value
+    return own if value is None else {"policy": own, "value": value.shapes}
+
+
+def _policy_shapes(built: Built) -> Any:
     shapes = built.model.shapes()
     return shapes if built.model.adapter is None else lora.split(shapes)[0]
 
@@ -55,7 +70,7 @@ def new_state(built: Built, params: Any, key: jax.Array, hyper: Any = None) -> T
     numbers = built.hyper if hyper is None else hyper
     if built.fresh_head and built.config.reward.head == "normal":
         params = new_head(params, key)
-    return make_state(params, numbers, built.optimizer, key, carry=built.carry(params))
+    return make_state(params, numbers, built.optimizer, key, carry=built.carry(params, numbers))
 
 
 def state_shapes(built: Built) -> TrainState:

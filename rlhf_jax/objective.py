@@ -10,8 +10,7 @@ import numpy as np
 from rlhf_jax import registry
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.parts import COLUMNS, TOKENS, Part
-from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX, PreferenceConfig
-from rlhf_jax.algorithms.reward import RewardConfig
+from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX
 from rlhf_jax.algorithms.step import Reads
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
@@ -23,7 +22,10 @@ from rlhf_jax.registry import PER_ROW
 LIMITS: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
     ("exo", "label_smoothing"): ("above 0 and below 1", lambda x: bool(0 < np.float32(x) < 1)),
 }
-ROWS = {"pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label", "stepwise": "steps"}
+ROWS = {
+    "pair": "pairs", "ranking": "rankings", "labelled": "single answers with a label", "stepwise": "steps",
+    "prompt": "prompts",
+}  # fmt: skip
 
 
 class Chosen(NamedTuple):
@@ -31,7 +33,7 @@ class Chosen(NamedTuple):
 
     parts: tuple[Part, ...]
     reads: Reads  # what they ask of the data together
-    hyper: dict[str, Any]  # their numbers: "loss", "weights" and, if changed, "preference"
+    hyper: dict[str, Any]  # their numbers: "loss", "weights" and, if changed, those of the algorithm's section
 
 
 def choose(config: Config) -> Chosen:
@@ -87,9 +89,10 @@ def _takes(config: Config, name: str, loss: Callable[..., Any], names: Mapping[s
     algorithm = ALGORITHMS[config.algorithm]
     first = next(iter(inspect.signature(loss).parameters), "")
     columns = typing.get_type_hints(loss).get(first)
-    if columns in algorithm.READS or (columns in algorithm.BESIDE and len(names) > 1):
+    ours = name in algorithm.LOSSES or name not in LOSSES  # or one from outside
+    if (columns in algorithm.READS and ours) or (columns in algorithm.BESIDE and len(names) > 1):
         return typing.cast(type, columns)
-    home = [other for other, module in ALGORITHMS.items() if columns in module.READS]
+    home = [o for o, module in ALGORITHMS.items() if columns in module.READS and (name in module.LOSSES or ours)]
     wanted = " or ".join(f"{taken.__module__}.{taken.__name__}" for taken in algorithm.READS)
     hint = f"use --config.algorithm={home[0]}" if home else f"annotate its first argument {first} with {wanted}"
     raise UserError(
@@ -118,6 +121,10 @@ def _reads(config: Config, takes: Mapping[str, type]) -> Reads:
         raise UserError(
             f"loss {config.loss.name!r} would ignore --config.data.ties: it compares no answers of equal rank; drop it "
             "or use --config.algorithm=reward --config.loss.name=all_pairs."
+        )
+    if form == "prompt" and len(takes) > 1:
+        raise UserError(
+            f"--config.loss.name={config.loss.name}: what learns from rollouts has one loss of its policy; give one."
         )
     if form == "ranking" and len(takes) > len(asked):
         raise UserError(
@@ -170,15 +177,24 @@ def _takes_rows(loss: Callable[..., Any], argument: str) -> bool:
     return PER_ROW in getattr(hint, "__metadata__", ())
 
 
+def _check_sections(config: Config, reads: Reads) -> None:
+    """Errors: UserError for a section of another algorithm that is not as it comes."""
+    for name in ("rollout", "rewards", *(name for name in ALGORITHMS if hasattr(config, name))):
+        given, default = getattr(config, name), getattr(Config(), name)
+        changed = [field for field, value in vars(default).items() if getattr(given, field) != value]
+        read = reads.form == "prompt" if name in ("rollout", "rewards") else config.algorithm == name
+        if changed and not read:
+            raise UserError(f"algorithm {config.algorithm!r} would ignore --config.{name}.{changed[0]}; drop it.")
+
+
 def _changes(config: Config, takes: Mapping[str, type], reads: Reads) -> dict[str, Any]:
     """The numbers of `config.preference`, whose fields must all be of use."""
     section, known = config.preference, ALGORITHMS[config.algorithm].READS
     kinds = {name: kind for name, kind in takes.items() if kind in known and kind not in TOKENS}
-    for name, default in (("preference", PreferenceConfig()), ("reward", RewardConfig())):
-        given = vars(getattr(config, name))
-        changed = [field for field, value in vars(default).items() if given[field] != value]
-        if changed and config.algorithm != name:
-            raise UserError(f"algorithm {config.algorithm!r} would ignore --config.{name}.{changed[0]}; drop it.")
+    _check_sections(config, reads)
+    if reads.form == "prompt":
+        own = getattr(config, config.algorithm)
+        return {config.algorithm: own.numbers, "rollout": {"temperature": config.rollout.temperature}}
     if config.reward.demonstrations and reads.form not in ("pair", "ranking"):
         raise UserError(
             f"--config.reward.demonstrations moves scores, and those of the loss {config.loss.name!r} are the log-odds "

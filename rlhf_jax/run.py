@@ -7,7 +7,6 @@ before anything is compiled.
 import dataclasses
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,22 +18,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import fields, sharding, worlds
 from rlhf_jax.algorithms.step import Batch, TrainState, make_step
-from rlhf_jax.build import Built, build, check
+from rlhf_jax.build import Built, build
 from rlhf_jax.checkpoint import Restored
+from rlhf_jax.checks import check
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
+from rlhf_jax.held_out import show, summarise, write_rows
 from rlhf_jax.initial import (
     Tables,
     base_params,
     demonstration_sums,
-    new_adapter,
     new_state,
     reference_tables,
     state_shapes,
+    trained_params,
 )
 from rlhf_jax.members import Axis, Member, Way, patience
-from rlhf_jax.metrics import wilson
-from rlhf_jax.models import lora
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.workdir import check_base, last_line, open_workdir
 
@@ -106,14 +105,19 @@ def announce(built: Built) -> None:
     """What is about to run: rows, buckets, and the first row as the model sees it."""
     for line in built.data.report.lines():
         print(f"data: {line}")
-    buckets = built.loader.buckets(0, built.steps)
+    buckets = built.loader.buckets(0, built.batches)
     shown = ", ".join(f"{count} batches of {length} tokens" for length, count in buckets.items())
     print(f"buckets: {shown}; one compile each")
     shape = "x".join(str(size) for size in built.mesh.shape.values())
     print(f"mesh: {shape} ({' x '.join(built.mesh.shape)}) of {built.mesh.devices.flat[0].device_kind}")
     if built.loader.packed:
         print(f"packed: {built.loader.describe()}")
+    if built.online is not None:
+        print(f"rollouts: {built.online.describe(built.loader.batch_size)}")
     first = built.loader.examples[built.loader.rows[built.loader.order(0)][0]]
+    if built.online is not None:
+        print(f"first prompt, {first.where}: {built.tokenizer.decode(first.completions[0].prompt)!r}", flush=True)
+        return
     used = "trained" if built.model.shape.head == "words" else "scored"
     for number, tokens in enumerate(first.completions):
         answer = built.tokenizer.decode(tokens.ids[tokens.start :])
@@ -178,8 +182,11 @@ class Run:
             donate_argnums=0 if len(builts) == 1 or adapted else (),
         )  # fmt: skip
         numbers = lambda built: jax.tree.map(np.float32, built.hyper)
-        trained = lambda built: lora.with_score(new_adapter(built), self.frozen) if adapted else self._base()
-        return [make(trained(built), jax.random.PRNGKey(built.config.seed), numbers(built)) for built in builts]
+        base = lambda: self.frozen if adapted else self._base()
+        return [
+            make(trained_params(built, base()), jax.random.PRNGKey(built.config.seed), numbers(built))
+            for built in builts
+        ]
 
     def _compile(self, places: TrainState) -> None:
         """The jitted step, what it is fed by, and the judge's sums; each compiles when it is first called."""
@@ -188,6 +195,7 @@ class Run:
         one_step = make_step(
             built.objective, built.optimizer, microbatches=config.train.microbatches,
             reduce_dtype=config.train.reduce_dtype, layout=built.model.layout, advance=built.advance,
+            skip=built.skip,
         )  # fmt: skip
 
         def advance(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Any]:
@@ -204,7 +212,7 @@ class Run:
         self.scored = jax.jit(axis.over(demonstration_sums(built), shared=(1, 2)), out_shardings=everywhere)
         # Of (params, frozen, fixed, carry, hyper, rows) the members share what is frozen and what is fixed.
         live = lambda function: jax.jit(axis.over(function, shared=(1, 2)), out_shardings=rows)
-        self.prepare = built.prepare(self.reference, live)
+        self.prepare, self.examine = (built.prepare(self.reference, live, held_out) for held_out in (False, True))
 
     def _base(self) -> Any:
         """The weights that training starts from; read once, and not at all where nothing needs them."""
@@ -215,6 +223,10 @@ class Run:
         """What the objective needs of a fixed reference: columns, and for mismatched rows its live parameters."""
         self.reference: tuple[Model, Any] | None = None
         self.tables: list[Tables] = [{} for _ in self.members]
+        if self.built.refers and self.built.model.adapter is None:
+            self.reference = self.built.model, base_params(self.built)  # the state's own buffers are donated
+        if self.built.online is not None:
+            return
         if self.built.moves or not self.built.reads.reference:
             return
         first = restored[0].host["position"] if restored else 0
@@ -238,8 +250,8 @@ class Run:
     def _feed(self) -> Iterator[tuple[int, Batch]]:
         """Global batches from the data position on, built ahead on the loaders' threads."""
         config = self.built.config
-        local = sharding.local_rows(self.built.mesh, config.train.batch_size)
-        last = self.position + self.built.steps  # a batch of rows makes one batch or more
+        local = sharding.local_rows(self.built.mesh, self.built.loader.batch_size)
+        last = self.position + self.built.batches  # more than are left, which does no harm
         each = [member.built.loader for member in self.members]
         loaders = list(dict.fromkeys(each))  # members of one seed have one
         threads = config.data.threads if len(loaders) == 1 else min(1, config.data.threads)
@@ -320,7 +332,9 @@ class Run:
         key = jax.random.PRNGKey(self.built.config.seed)
         seen: list[list[Any]] = [[] for _ in self.members]
         for several in self._held_out():
-            for batch in self.prepare(self.whole_state, self._place(several, held_out=True)):
+            for batch in self.examine(self.whole_state, self._place(several, held_out=True)):
+                if self.built.online is not None and not any(seen):
+                    show(self.built, step, batch)
                 found = self.judge(self.state.params, self.frozen, self.state.hyper, batch, key)
                 for one, rows, said in zip(seen, several, self.axis.split(jax.device_get(found)), strict=True):
                     one.append((*said, rows["index"]))
@@ -356,33 +370,3 @@ class Run:
             told = ", ".join(f"{n.removeprefix('eval/')} {x:.4g}" for n, x in member.evaluated.items() if n != "step")
             more = f" ({member.built.workdir.name}, of {len(self.members)})" if len(self.members) > 1 else ""
             print(f"held out, step {step}{more}: {told}", flush=True)
-
-
-def write_rows(built: Built, rows: list[dict[str, np.ndarray]], index: list[np.ndarray]) -> None:
-    """held_out.jsonl: what the last evaluation said of each held-out row, for comparing runs row by row."""
-    where, lines = {example.index: example.where for example in built.held_out}, []
-    for said, numbers in zip(rows, index, strict=True):
-        for place, number in enumerate(numbers.reshape(-1).tolist()):
-            if number >= 0:
-                numbers = {name: float(values[place]) for name, values in said.items()}
-                figures = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-                lines.append(json.dumps({"row": where[number], "index": number, **figures}))
-    part = built.workdir / "held_out.jsonl.part"
-    part.write_text("".join(line + "\n" for line in lines))
-    part.replace(built.workdir / "held_out.jsonl")
-
-
-def summarise(terms: list[dict[str, Any]], means: list[dict[str, Any]]) -> dict[str, float]:
-    """Loss and metrics of many batches from their sums, in float64; shares get their 95% interval."""
-
-    def add(sums: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray, float]:
-        total, count = (np.sum([np.asarray(s[name][i], np.float64) for s in sums], axis=0) for i in (-2, -1))
-        return total, count, float(np.sum(np.where(count > 0, total / np.where(count > 0, count, 1), 0)))
-
-    loss = sum(float(terms[0][name].weight) * add(terms, name)[2] for name in terms[0])
-    out = {"eval/loss": loss} | {f"eval/{name}": add(means, name)[2] for name in means[0]}
-    if "rewards/accuracies" in means[0]:
-        _, count, share = add(means, "rewards/accuracies")
-        low, high = wilson(share, float(count))
-        out |= {"eval/rewards/accuracies_low": low, "eval/rewards/accuracies_high": high}
-    return out

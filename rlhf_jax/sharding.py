@@ -91,9 +91,13 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def rule(path: str) -> PartitionSpec:
-    """The partition of the parameter at `path`. Errors: KeyError naming a path no rule matches."""
+    """The partition of the parameter at `path`, of a model alone or of policy and value.
+
+    Errors: KeyError naming a path no rule matches.
+    """
+    own = path.removeprefix("policy/").removeprefix("value/")
     for pattern, spec in RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, own):
             return spec
     raise KeyError(f"no partition rule matches the parameter {path}; add one to sharding.RULES")
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, get_origin
 from etils import epath
 
 from rlhf_jax import fields, objective, worlds
-from rlhf_jax.build import Built, Memory, build, check
+from rlhf_jax.build import Built, Memory, build
+from rlhf_jax.checks import check
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.members import Way
@@ -130,6 +131,8 @@ def program(one: Ready) -> str:
         numbers.add("seed")
     if config.evaluate.patience:  # a run that ends when it likes goes alone
         numbers = set()
+    if one.built.online is not None:  # rollouts are drawn and scored on the host, one experiment at a time
+        return one.member.name
     same = {leaf.path: fields.text(leaf.value) for leaf in fields.leaves(config) if leaf.path not in numbers}
     return repr((same, one.built.steps, one.step, sorted(hyper)))
 

@@ -12,12 +12,12 @@ from etils import epath
 
 from rlhf_jax import fields, sharding
 from rlhf_jax.algorithms import ALGORITHMS
-from rlhf_jax.build import load_tokenizer, tokenizer_folder
 from rlhf_jax.checkpoint import is_sealed, latest, read_host, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
+from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.ops.layout import Layout
 
 
@@ -149,8 +149,10 @@ def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.shardin
     shapes = model.shapes() if model.adapter is None else lora.split(model.shapes())[0]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     like = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
+    part = getattr(ALGORITHMS[config.algorithm], "POLICY", None)  # beside a value
     shift = read_host(folder, at).get("shift", 0.0)  # older checkpoints have none
-    return Held(config, found, model, restore_params(folder, at, like), at, shift)
+    params = restore_params(folder, at, like if part is None else {part: like})
+    return Held(config, found, model, params if part is None else params[part], at, shift)
 
 
 def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Policy:
@@ -169,7 +171,7 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
     if config.data.chat_template is not None:
         tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
-    return Policy(model, params, tokenizer, step, _end_ids(found))
+    return Policy(model, params, tokenizer, step, end_ids(found))
 
 
 def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> None:
@@ -264,7 +266,7 @@ def open_model(
             "with one."
         ) from error
     params = start.load(found, model, lambda ours, _: sharding.param_sharding(mesh, ours))
-    return Policy(model, params, tokenizer, 0, _end_ids(found))
+    return Policy(model, params, tokenizer, 0, end_ids(found))
 
 
 def _has_config(path: str) -> bool:
@@ -283,7 +285,7 @@ def _is_run(file: epath.Path) -> bool:
     return isinstance(values, dict) and "algorithm" in values
 
 
-def _end_ids(found: start.Start) -> tuple[int, ...]:
+def end_ids(found: start.Start) -> tuple[int, ...]:
     """The tokens that a model's generation_config.json ends at; () if it doesn't say."""
     file = found.with_file("generation_config.json") / "generation_config.json"
     try:

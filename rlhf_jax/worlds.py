@@ -1,9 +1,12 @@
-"""Starts of the synthetic world that are made here: a model, and rows of what people said of its answers.
+"""Starts of the synthetic world that are made here: models, and rows of what people said of their answers.
 
 A config names them: `world:tiny` in `model.path` is a fine-tuned model, `world:tiny/answers` in `data.path` the
-pairs of its answers that simulated people compared, `world:tiny/rankings` what they ranked. What isn't there is made
-first, on this machine, from nothing: rows (docs/world.md), a tokenizer, pre-training, fine-tuning on demonstrations,
-answers, labels. It is a function of the recipe alone and lies in `cache`, so it is made once.
+pairs of its answers that simulated people compared, `world:tiny/rankings` what they ranked; `world:tiny/pretrained`
+is what it was before, `world:tiny/demonstrations` what it was fine-tuned on; `world:tiny@1` has another seed.
+
+What isn't there is made first, on this machine, from nothing, in two parts: rows (docs/world.md), a tokenizer and
+pre-training; and only where it is asked for fine-tuning on demonstrations, answers, labels. It is a function of the
+recipe alone and lies in `cache`, so it is made once.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject, answer
 from rlhf_jax.feedback.rankings import rank_answers
+from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.sampling.distribution import Sampling
@@ -37,11 +41,18 @@ from rlhf_jax.sharding import MeshShape
 from rlhf_jax.workdir import check_writable, open_policy
 
 PREFIX = "world:"
-# What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns.
-FILES = (
-    "documents", "demonstrations", "demonstrations_held_out", "answers", "answers_held_out", "rankings",
-    "rankings_held_out", "stepwise", "stepwise_held_out", "prompts_held_out",
+PRETRAINED = "pretrained"  # `world:NAME/pretrained`, a model
+# What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns. WRITTEN and the pre-trained model
+# are the first part of a start, SAID and the fine-tuned one the second.
+WRITTEN = (
+    "documents", "demonstrations", "demonstrations_held_out", "prompts", "prompts_held_out", "stepwise",
+    "stepwise_held_out",
 )  # fmt: skip
+SAID = ("answers", "answers_held_out", "rankings", "rankings_held_out")
+FILES = WRITTEN + SAID
+# Fields of a config that may name a start's model, and its rows.
+MODELS = ("model.path", "rewards.model", "ppo.value_path")
+ROWS_IN = ("data.path", "data.eval_path", "reward.demonstrations", "ppo.pretrain")
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 288,
@@ -54,6 +65,7 @@ WHOLE = "recipe.json"  # written last: a folder without it is not used
 MAKING = 2  # to be raised when the same recipe comes to make something else
 
 TrainFunction = Callable[[Config, str], Any]  # run.train, which stands below this module
+MakeFunction = Callable[[epath.Path, TrainFunction], None]  # fills a folder that isn't there yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +108,18 @@ class Recipe:
         return SHAPE | {"hidden_size": self.width, "intermediate_size": 3 * self.width}
 
     @property
+    def pretrained_digest(self) -> str:
+        """Of everything that decides the first part of what is made."""
+        return self._digest(("takes", "preference", "sft"), {})
+
+    @property
     def digest(self) -> str:
         """Of everything that decides what is made."""
-        decides = fields.to_dict(self)
-        del decides["takes"], decides["preference"]
-        decides |= {"shape": self.shape, "making": MAKING}
-        decides |= {"length": LENGTH, "sampling": dataclasses.asdict(SAMPLING)}
+        return self._digest(("takes", "preference"), {"sampling": dataclasses.asdict(SAMPLING)})
+
+    def _digest(self, without: Sequence[str], more: dict[str, Any]) -> str:
+        decides = {name: value for name, value in fields.to_dict(self).items() if name not in without}
+        decides |= {"shape": self.shape, "making": MAKING, "length": LENGTH} | more
         return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
@@ -123,7 +141,7 @@ RECIPES = {
 
 def on(config: Config, name: str) -> Config:
     """The same preference experiment on a start that is made here, with the steps and the rate that suit it."""
-    recipe, rows = RECIPES[_known(name)], f"{PREFIX}{name}/answers"
+    recipe, rows = recipe_of(name), f"{PREFIX}{name}/answers"
     tuning = recipe.preference
     return dataclasses.replace(
         config,
@@ -137,7 +155,18 @@ def on(config: Config, name: str) -> Config:
     )
 
 
-# Names
+def on_prompts(config: Config, name: str, reward: str = "gold") -> Config:
+    """The same experiment of rollouts, short, on the prompts of a start that is made here, scored by a function."""
+    base = on(config, name)
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, length=None, pack=False),
+        rollout=dataclasses.replace(config.rollout, max_new_tokens=24, temperature=1.0),
+        rewards=RewardsConfig(functions=(reward,)),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear"),
+        train=Train(steps=20 * config.rollout.updates, batch_size=64 // config.rollout.minibatches),
+        evaluate=Evaluate(every=10 * config.rollout.updates, rows=128),
+    )
 
 
 def provide(config: Config, train: TrainFunction) -> Config:
@@ -147,16 +176,35 @@ def provide(config: Config, train: TrainFunction) -> Config:
       train: run.train.
     Errors: UserError for a name that there isn't, and a cache that can't be written to.
     """
-    model, data = config.model, config.data
-    if model.path is not None and model.path.startswith(PREFIX):
-        name, slash, _ = model.path.removeprefix(PREFIX).partition("/")
-        if slash:
-            raise UserError(f"--config.model.path={model.path} names rows; the model is {PREFIX}{_known(name)}.")
-        model = dataclasses.replace(model, path=os.fspath(folder(name, config.cache, train) / "model"))
-    place = lambda path: os.fspath(file(path, config.cache, train)) if path.startswith(PREFIX) else path
-    paths = {part: tuple(map(place, getattr(data, part))) for part in ("path", "eval_path")}
-    reward = dataclasses.replace(config.reward, demonstrations=tuple(map(place, config.reward.demonstrations)))
-    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, **paths), reward=reward)
+    values = {leaf.path: leaf.value for leaf in fields.leaves(config)}
+    ours = lambda path: path is not None and path.startswith(PREFIX)
+    place = lambda path: os.fspath(file(path, config.cache, train)) if ours(path) else path
+    given: dict[str, Any] = {name: tuple(map(place, values[name])) for name in ROWS_IN}
+    for name in filter(lambda name: ours(values[name]), MODELS):
+        given[name] = os.fspath(model(values[name], config.cache, train, f"--config.{name}"))
+    return fields.replace(config, given)
+
+
+def recipe_of(name: str) -> Recipe:
+    """What `world:NAME`, or `world:NAME@SEED`, is made from. Errors: UserError for a name that there isn't."""
+    base, at, seed = name.partition("@")
+    if base not in RECIPES:
+        near = f"the nearest is {PREFIX}{fields.nearest(base, RECIPES)}, there are"
+        raise UserError(f"there is no {PREFIX}{name}; {near} {', '.join(PREFIX + known for known in RECIPES)}.")
+    if at and not seed.isdecimal():
+        raise UserError(f"{PREFIX}{name}: the seed behind @ is a whole number of at least 0, as in {PREFIX}{base}@1.")
+    recipe = RECIPES[base]
+    return dataclasses.replace(recipe, world=dataclasses.replace(recipe.world, seed=int(seed))) if at else recipe
+
+
+def model(spec: str, cache: str, train: TrainFunction | None = None, flag: str = "--config.model.path") -> epath.Path:
+    """The model's folder behind `world:NAME` or `world:NAME/pretrained`, as `file`; `flag` gave the name."""
+    name, slash, part = spec.removeprefix(PREFIX).partition("/")
+    recipe_of(name)
+    if slash and part != PRETRAINED:
+        models = f"the models are {PREFIX}{name} and {PREFIX}{name}/{PRETRAINED}"
+        raise UserError(f"{flag}={spec} names {'rows' if part in FILES else 'no model'}; {models}.")
+    return (pretrained if slash else folder)(name, cache, train) / "model"
 
 
 def file(spec: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
@@ -168,43 +216,51 @@ def file(spec: str, cache: str, train: TrainFunction | None = None) -> epath.Pat
     Errors: UserError for a name that there isn't, and a start that isn't there and can't be made.
     """
     name, _, part = spec.removeprefix(PREFIX).partition("/")
-    _known(name)
+    recipe_of(name)
     if part not in FILES:
         near = f"the nearest is {PREFIX}{name}/{fields.nearest(part, FILES)}, " if part else ""
         raise UserError(f"{spec!r} names no rows; {near}{PREFIX}{name}/ has {', '.join(FILES)}.")
-    return folder(name, cache, train) / f"{part}.jsonl"
+    return (pretrained if part in WRITTEN else folder)(name, cache, train) / f"{part}.jsonl"
+
+
+def pretrained(name: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
+    """The folder of a start's first part: model/, pre-trained, and a file for each of WRITTEN; as `file`."""
+    recipe = recipe_of(name)
+    what, place = f"{PREFIX}{name}/{PRETRAINED}", f"{name.partition('@')[0]}-{PRETRAINED}-{recipe.pretrained_digest}"
+    make = lambda own, train: _make_pretrained(what, recipe, own, train)
+    return _made(what, f"of {PREFIX}{name}, which takes {recipe.takes}, the first part", place, cache, train, make)
 
 
 def folder(name: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
-    """The folder of a start: model/ and a JSON lines file for each of FILES; arguments and errors as of `file`."""
-    recipe = RECIPES[_known(name)]
-    place = epath.Path(os.path.expanduser(cache)) / "worlds" / f"{name}-{recipe.digest}"
+    """The folder of a start's second part: model/, fine-tuned, and a file for each of SAID; as `file`."""
+    recipe = recipe_of(name)
+    what, place = f"{PREFIX}{name}", f"{name.partition('@')[0]}-{recipe.digest}"
+    make = lambda own, train: _make_tuned(what, recipe, pretrained(name, cache, train), own, train)
+    return _made(what, recipe.takes, place, cache, train, make)
+
+
+def _made(what: str, takes: str, name: str, cache: str, train: TrainFunction | None, make: MakeFunction) -> epath.Path:
+    """The folder of that name in the cache, made if it isn't there."""
+    place = epath.Path(os.path.expanduser(cache)) / "worlds" / name
     if (place / WHOLE).exists():
         return place
     if train is None or jax.process_count() > 1:
         raise UserError(
-            f"{PREFIX}{name} isn't made yet, and it is made by a run on one process; train once with "
-            f"--config=configs/dpo.py:{name}."
+            f"{what} isn't made yet, and it is made by a run on one process; train once with "
+            f"--config=configs/dpo.py:tiny --config.model.path={what}."
         )
     check_writable(place.parent, "cache", "--config.cache")
-    print(f"{PREFIX}{name}: making it, once; {recipe.takes}", flush=True)
+    print(f"{what}: making it, once; {takes}", flush=True)
     began = time.monotonic()
     # A folder of its own until it is whole: two that make at once don't meet, and a kill leaves nothing to trust.
     own = place.parent / f"{place.name}.{uuid.uuid4().hex[:8]}"
     try:
-        _make(name, recipe, own, train)
+        make(own, train)
         _put(own, place)
     finally:
         own.rmtree(missing_ok=True)
-    print(f"{PREFIX}{name}: made in {time.monotonic() - began:.0f} s; it lies in {place}", flush=True)
+    print(f"{what}: made in {time.monotonic() - began:.0f} s; it lies in {place}", flush=True)
     return place
-
-
-def _known(name: str) -> str:
-    if name not in RECIPES:
-        near = f"the nearest is {PREFIX}{fields.nearest(name, RECIPES)}, there are"
-        raise UserError(f"there is no {PREFIX}{name}; {near} {', '.join(PREFIX + known for known in RECIPES)}.")
-    return name
 
 
 def _put(own: epath.Path, place: epath.Path) -> None:
@@ -221,36 +277,46 @@ def _put(own: epath.Path, place: epath.Path) -> None:
 # Making
 
 
-def _make(name: str, recipe: Recipe, place: epath.Path, train: TrainFunction) -> None:
-    """All stages, in a folder that isn't there yet; what they worked with is deleted, and WHOLE stands last."""
-    rows, base, seed = place / "rows", place / "base", recipe.world.seed
-
-    def stage(what: str, file: str, start: epath.Path | None, settings: Stage) -> epath.Path:
-        print(f"{PREFIX}{name}: {what}", flush=True)
-        model = ModelConfig(path=os.fspath(start or base), init="checkpoint" if start else "random")
-        # On one device, whatever there is: the order of a sum over more would show in the weights.
-        config = dataclasses.replace(
-            likelihood(rows, file, settings), model=model, seed=seed, mesh=MeshShape(1, 1, 1)
-        )  # fmt: skip
-        work = place / f"{file}_run"
-        with contextlib.redirect_stdout(io.StringIO()):  # what a run tells is of no use to whoever wants its product
-            train(config, os.fspath(work))
-        best = "@best" if settings.patience else ""
-        return export(f"{work}{best}", place / f"{file}_model")
-
+def _make_pretrained(what: str, recipe: Recipe, place: epath.Path, train: TrainFunction) -> None:
+    """Rows, tokenizer and pre-training, in a folder that isn't there yet."""
+    rows, base = place / "rows", place / "base"
     world_rows.write(rows, recipe.world)
     write_model(base, [row["completion"] for row in read(rows / "documents.jsonl")], recipe.shape)
-    start = stage("pre-training on documents", "documents", None, recipe.pretrain)
-    tuned = stage("fine-tuning on demonstrations", "demonstrations", start, recipe.sft)
-    print(f"{PREFIX}{name}: people compare and rank its answers", flush=True)
-    prompts = [row["prompt"] for split in ("prompts", "prompts_held_out") for row in read(rows / f"{split}.jsonl")]
-    said = _ask_people(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, seed)
-    for split, held_out in (("", False), ("_held_out", True)):
-        for what, told in said.items():
-            write(rows / f"{what}{split}.jsonl", [row for row in told if world.held_out(row["prompt"]) == held_out])
-    for part in FILES:
+    print(f"{what}: pre-training on documents", flush=True)
+    start = ModelConfig(path=os.fspath(base), init="random")
+    made = _learn(likelihood(rows, "documents", recipe.pretrain), start, recipe, place / "run", train)
+    for part in WRITTEN:
         (rows / f"{part}.jsonl").rename(place / f"{part}.jsonl")
-    tuned.rename(place / "model")
+    _finish(made, recipe, place)
+
+
+def _make_tuned(what: str, recipe: Recipe, start: epath.Path, place: epath.Path, train: TrainFunction) -> None:
+    """Fine-tuning, answers and labels, in a folder that isn't there yet; `start` is that of the first part."""
+    print(f"{what}: fine-tuning on demonstrations", flush=True)
+    config, model = likelihood(start, "demonstrations", recipe.sft), ModelConfig(path=os.fspath(start / "model"))
+    tuned = _learn(config, model, recipe, place / "run", train)
+    print(f"{what}: people compare and rank its answers", flush=True)
+    prompts = [row["prompt"] for file in ("prompts", "prompts_held_out") for row in read(start / f"{file}.jsonl")]
+    said = _ask_people(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, recipe.world.seed)
+    for split, held_out in (("", False), ("_held_out", True)):
+        for name, told in said.items():
+            write(place / f"{name}{split}.jsonl", [row for row in told if world.held_out(row["prompt"]) == held_out])
+    _finish(tuned, recipe, place)
+
+
+def _learn(config: Config, start: ModelConfig, recipe: Recipe, work: epath.Path, train: TrainFunction) -> epath.Path:
+    """One stage as `config` says; the folder of the model that it made."""
+    # On one device, whatever there is: the order of a sum over more would show in the weights.
+    config = dataclasses.replace(config, model=start, seed=recipe.world.seed, mesh=MeshShape(1, 1, 1))
+    with contextlib.redirect_stdout(io.StringIO()):  # what a run tells is of no use to whoever wants its product
+        train(config, os.fspath(work))
+    best = "@best" if config.evaluate.patience else ""
+    return export(f"{work}{best}", work.parent / "made")
+
+
+def _finish(made: epath.Path, recipe: Recipe, place: epath.Path) -> None:
+    """Gives the model its name, deletes what it was made with, and writes WHOLE."""
+    made.rename(place / "model")
     for left in place.iterdir():
         if left.is_dir() and left.name != "model":
             left.rmtree()
@@ -313,22 +379,14 @@ def open_subject(name: str, path: str) -> Subject:
     return Subject(name, policy.model, policy.params, policy.tokenizer, policy.end_ids)
 
 
-def compare_answers(
-    subject: Subject, prompts: Sequence[str], config: world_rows.World, seed: int
-) -> list[world_rows.Row]:
-    """Two answers to each prompt, compared by `labels` of the `labellers` people of a world; rows of `label_pairs`."""
-    first, second = zip(*two_answers(subject, prompts, seed), strict=True)
-    return labellers.label_pairs(prompts, first, second, panel(config, seed), config.labels, seed)
-
-
 def _ask_people(
     subject: Subject, prompts: Sequence[str], config: world_rows.World, seed: int
 ) -> dict[str, list[world_rows.Row]]:
     """What people say: `answers` compares the first two answers to each prompt, `rankings` ranks those and two more."""
-    # The other two are answers to the same prompts asked once more: so the first two are those of `compare_answers`.
+    # Two and, the same prompts asked once more, two others: what compares two doesn't depend on how many are ranked.
     drawn = two_answers(subject, [*prompts, *prompts], seed)
     four = [first + second for first, second in zip(drawn[: len(prompts)], drawn[len(prompts) :], strict=True)]
-    people, a, b = panel(config, seed), [texts[0] for texts in four], [texts[1] for texts in four]
+    people, (a, b) = panel(config, seed), zip(*(texts[:2] for texts in four), strict=True)
     return {
         "answers": labellers.label_pairs(prompts, a, b, people, config.labels, seed),
         "rankings": rank_answers(prompts, four, people, config.labels, seed),

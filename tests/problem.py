@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import preference, reward, sft
 from rlhf_jax.algorithms.parts import Part
+from rlhf_jax.algorithms.rollouts import Scores
 from rlhf_jax.algorithms.step import Objective, Optimizer, TrainState, make_state, make_step
 from rlhf_jax.losses import LOSSES
 from rlhf_jax.models.decoder import Model, Numerics
@@ -128,3 +129,9 @@ def compiled_step(mesh: jax.sharding.Mesh, objective: Objective, state: TrainSta
     return jax.jit(
         step, in_shardings=(places, sharding.row_sharding(mesh)), out_shardings=(places, everywhere), donate_argnums=0
     )
+
+
+def scores(values: Any) -> Scores:
+    """Of one reward that always applies."""
+    values = np.asarray(values, np.float32)[:, None]
+    return Scores(values, np.ones(values.shape, bool), np.ones(1, np.float32), ("told",))

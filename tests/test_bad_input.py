@@ -92,7 +92,7 @@ COMMAND_LINE: Cases = {
     "not a number": (["--config.optimizer.learning_rate=nan"], ["learning_rate=nan", "a number"]),
     "infinite": (["--config.optimizer.learning_rate=inf"], ["learning_rate=inf", "must be finite"]),
     "choice": (["--config.model.param_dtype=float16"], ["param_dtype=float16", "float32, bfloat16"]),
-    "algorithm": (["--config.algorithm=ppo"], ["--config.algorithm=ppo", "sft, preference"]),
+    "algorithm": (["--config.algorithm=pqo"], ["--config.algorithm=pqo", "sft, preference"]),
     "config file": (["--config=configs/dpp.py"], ["no config file 'configs/dpp.py'", "is configs/dpo.py"]),
     "config name": (["--config=dpo"], ["no config file 'dpo'", "is configs/dpo.py"]),
     "config of a run": (lambda g: [f"--config={g.model}/config.json"], ["config.json is not a config file, FILE.py"]),

@@ -10,11 +10,11 @@ from etils import epath
 
 from rlhf_jax import run
 from rlhf_jax.algorithms.preference import PreferenceConfig
-from rlhf_jax.build import load_tokenizer
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.config import Train
 from rlhf_jax.data import dataset
 from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.models.tokenizers import load_tokenizer
 from tests import tiny
 from tests.test_run import lines, make_config
 

@@ -17,10 +17,10 @@ PACKAGE = "rlhf_jax"
 FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
-    "checkpoint", "metrics", "report", "config", "objective", "build", "workdir", "worlds",
-    "initial", "members", "run", "sweep", "plan",
+    "checkpoint", "metrics", "report", "config", "objective", "workdir", "online", "checks",
+    "build", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "plan",
 )  # fmt: skip
-SHARED_BY_ALGORITHMS = ("step", "parts", "comparisons", "completions", "optimizers", "rollouts")
+SHARED_BY_ALGORITHMS = ("step", "parts", "comparisons", "completions", "optimizers", "rollouts", "rounds")
 # Other people's packages that a floor may import; the floors that aren't named may import any.
 ARRAYS = ("jax", "numpy", "chex")
 PARTIES = {

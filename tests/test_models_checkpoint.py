@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from rlhf_jax.build import load_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models.decoder import Model, Numerics, Params
+from rlhf_jax.models.tokenizers import load_tokenizer
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sharding import MeshShape, make_mesh, param_sharding, rule
 

@@ -17,7 +17,6 @@ from etils import epath
 
 from rlhf_jax.algorithms import preference
 from rlhf_jax.algorithms.step import Batch, flat_rows, ratio
-from rlhf_jax.build import load_tokenizer
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
@@ -27,6 +26,7 @@ from rlhf_jax.losses.ranked import Ranked
 from rlhf_jax.losses.supervised import SmoothTokens, Tokens
 from rlhf_jax.losses.unpaired import Answer, ShiftedAnswer
 from rlhf_jax.models.decoder import Model
+from rlhf_jax.models.tokenizers import load_tokenizer
 from tests.problem import PARTNERS, part
 from tests.problem import SHAPE as SMALL
 from tests.test_step import FAMILIES, every_loss, norm_of

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -17,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.ppo import PpoConfig, make_advance, make_carry, make_objective, make_prepare, make_skip
+from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, Scores
 from rlhf_jax.algorithms.step import TrainState, make_state
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.policy import PolicyTokens, ppo
@@ -29,10 +28,14 @@ from rlhf_jax.ops.kl import adaptive
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from tests import problem
+from tests.problem import scores
 from tests.test_step import norm_of
 
 PART = Part("ppo", ppo, PolicyTokens, {})
 LOSS = {"loss": {"ppo": {"clip_low": 0.2, "clip_high": 0.2}}, "weights": {"ppo": 1.0}}
+PARTS = (PART,)
+ONCE = RolloutConfig()
+ROLLOUT = RolloutConfig(epochs=2, minibatches=2, temperature=0.7)
 key = lambda: jax.random.PRNGKey(0)  # a step takes the state's buffers, this one too
 eager = lambda function: function
 
@@ -43,7 +46,7 @@ def same(one: Any, other: Any) -> bool:
 
 def numbers(config: PpoConfig, **more: float) -> dict[str, Any]:
     """Everything in hyper but the optimiser's."""
-    return LOSS | {"ppo": config.numbers | more}
+    return LOSS | {"ppo": config.numbers | more, "rollout": {"temperature": ROLLOUT.temperature}}
 
 
 # ---- reference values, from a model that says what its parameters are
@@ -66,19 +69,19 @@ class Told:
 
 
 TOLD = cast(Any, Told())
+TOLDS = Models(TOLD, TOLD)
 N = math.nan
 LOGPROBS, REF = [[-1, -2, -0.5, -1.5], [-0.7, -1.2, N, N]], [[-1.1, -1.9, -0.6, -1.4], [-0.9, -1.0, N, N]]
 VALUES, SCORES = [[0.1, 0.2, 0.3, 0.4], [0.05, 0.15, 0.25, N]], [1.0, -0.5]
 
 
 def told(
-    config: PpoConfig, more: int = 0, scores: Any = SCORES, ended: Any = (True, True), adapted: bool = False
+    config: PpoConfig, more: int = 0, earned: Any = SCORES, ended: Any = (True, True), adapted: bool = False
 ) -> dict[str, np.ndarray]:
     """The one batch that the golden rollout becomes, in its order; `more` columns and as many rows of padding.
 
     Args: adapted: the reference is what the policy's parameters adapt, and no model of its own.
     """
-    config = dataclasses.replace(config, epochs=1, minibatches=1)
     wide = lambda x: jnp.asarray(np.pad(np.asarray(x, np.float32), ((0, more), (1, more)), constant_values=N))
     mask = np.pad(np.isfinite(LOGPROBS), ((0, more), (1, more)))[:, None]
     rows, length = mask.shape[0], mask.shape[2]
@@ -90,12 +93,12 @@ def told(
     }  # fmt: skip
     before = jnp.roll(wide(VALUES), -1, axis=1)  # read at the token before
     params = {"policy": {"logprobs": wide(LOGPROBS)}, "value": {"score": before}}
-    hyper = jax.tree.map(jnp.float32, numbers(config))
+    hyper = jax.tree.map(jnp.float32, numbers(config) | {"rollout": {"temperature": 1.0}})
     base = {"logprobs": wide(REF)}
     frozen, reference = (base, None) if adapted else (None, (TOLD, base))
-    state = TrainState(params, frozen, None, jnp.int32(0), key(), make_carry(config, hyper), hyper)
-    score = lambda _: np.pad(np.float32(scores), (0, more), constant_values=N)
-    prepare = make_prepare(TOLD, TOLD, config, lambda *_: batch, score, reference, eager)
+    state = TrainState(params, frozen, None, jnp.int32(0), key(), make_carry(PARTS, config, params, hyper), hyper)
+    score = lambda _: scores(np.pad(np.float32(earned), (0, more), constant_values=N))
+    prepare = make_prepare(TOLDS, PARTS, config, reference, eager, Around(lambda *_: batch, score, ONCE))
     (made,) = prepare(state, {})
     order = np.argsort(made["index"])
     return {name: np.asarray(column)[order] for name, column in made.items()}
@@ -142,7 +145,7 @@ def test_a_completion_without_an_end_is_scored_by_the_rule(rule, expected):
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_score_that_is_no_number_names_its_row(wrong):
     with pytest.raises(UserError, match=r"is (nan|inf): rollout 1, row 1 of the data, 2 tokens \(0, 0\); 1 of 2"):
-        told(PpoConfig(), more=3, scores=[1.0, wrong])
+        told(PpoConfig(), more=3, earned=[1.0, wrong])
 
 
 def objective_of(config: PpoConfig, batch: Any) -> Any:
@@ -150,7 +153,8 @@ def objective_of(config: PpoConfig, batch: Any) -> Any:
     rows, _, length = batch["tokens"].shape
     wide = np.pad(np.asarray(LOGPROBS, np.float32) + 0.3, ((0, rows - 2), (1, length - 5)), constant_values=N)
     params = {"policy": {"logprobs": wide}, "value": {"score": np.zeros((rows, length), np.float32)}}
-    return make_objective(TOLD, TOLD, PART, config)(params, None, numbers(config), batch, key())
+    hyper = numbers(config) | {"rollout": {"temperature": 1.0}}
+    return make_objective(TOLDS, PARTS, config)(params, None, hyper, batch, key())
 
 
 def test_the_objective_sees_no_padding():
@@ -184,7 +188,7 @@ def test_the_kl_is_a_term_of_the_loss_or_part_of_the_rewards():
 
 
 ROWS = 16
-CONFIG = PpoConfig(epochs=2, minibatches=2, kl_target=1.0, stop_kl=1e9, entropy=0.01, temperature=0.7)
+CONFIG = PpoConfig(kl_target=1.0, stop_kl=1e9, entropy=0.01)
 PLAIN = (1, 1, 1)
 
 
@@ -209,14 +213,10 @@ def params() -> Any:
 def start(mesh: jax.sharding.Mesh, rate: float = 2e-3, plain: float = 1.0, **more: float) -> TrainState:
     """The state before the first step; its parameters lie as each model's own do."""
     hyper = numbers(CONFIG, **more) | {"optimizer": problem.hyper({}, rate, plain)["optimizer"]}
-    state = make_state(params(), hyper, problem.OPTIMIZER, key(), carry=make_carry(CONFIG, hyper))
-
-    def place(keys: Any, leaf: Any) -> NamedSharding:
-        own = re.search("(?:policy|value)/(.*)", sharding.path_of(keys))
-        return NamedSharding(mesh, sharding.rule(own[1]) if own else PartitionSpec())
+    state = make_state(params(), hyper, problem.OPTIMIZER, key(), carry=make_carry(PARTS, CONFIG, None, hyper))
 
     state = jax.tree.map(np.array, state)  # leaves that are one buffer can't both be donated
-    return jax.device_put(state, jax.tree_util.tree_map_with_path(place, state))
+    return jax.device_put(state, sharding.state_shardings(state, mesh))
 
 
 def rollout(mesh: jax.sharding.Mesh, params: Any, rows: Any, key: jax.Array) -> Any:
@@ -230,10 +230,10 @@ def rollout(mesh: jax.sharding.Mesh, params: Any, rows: Any, key: jax.Array) -> 
     return sharding.place_rows(kept | {"ended": np.arange(ROWS) % 3 > 0}, mesh)
 
 
-def score(batch: Any) -> np.ndarray:
+def score(batch: Any) -> Scores:
     """How many small tokens a completion has; NaN for padding."""
     tokens, mask = (np.asarray(batch[name])[:, 0] for name in ("tokens", "mask"))
-    return np.where(np.asarray(batch["weight"]) > 0, ((tokens < 32) & mask).sum(axis=1), N)
+    return scores(np.where(np.asarray(batch["weight"]) > 0, ((tokens < 32) & mask).sum(axis=1), N))
 
 
 @functools.cache
@@ -244,9 +244,10 @@ def world(shape: tuple[int, int, int] = PLAIN, microbatches: int = 1) -> World:
     reference = jax.device_put(problem.initial(), jax.tree.map(lambda x: x.sharding, start(mesh).params["policy"]))
     compiled = lambda function: jax.jit(function, out_shardings=sharding.row_sharding(mesh))
     draw = functools.partial(rollout, mesh)
-    prepare = make_prepare(model, value, CONFIG, draw, score, (model, reference), compiled)
-    objective = make_objective(model, value, PART, CONFIG)
-    more = {"advance": make_advance(CONFIG), "skip": make_skip(CONFIG)}
+    models, around = Models(model, value), Around(draw, score, ROLLOUT)
+    prepare = make_prepare(models, PARTS, CONFIG, (model, reference), compiled, around)
+    objective = make_objective(models, PARTS, CONFIG)
+    more = {"advance": make_advance(PARTS, CONFIG), "skip": make_skip(PARTS, CONFIG)}
     return World(mesh, prepare, problem.compiled_step(mesh, objective, start(mesh), microbatches, **more))
 
 
@@ -389,7 +390,8 @@ def test_minibatches_that_were_saved_go_on_to_the_same_bits():
 
 def test_a_config_without_a_target_or_a_stop_has_no_state_of_its_own():
     plain = PpoConfig()
-    assert make_carry(plain, numbers(plain)) is make_advance(plain) is make_skip(plain) is None
-    left_out = {"entropy", "kl_target", "stop_kl", "epochs", "minibatches"}
-    switches = {"kl_in", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_end"}
+    assert make_carry(PARTS, plain, None, numbers(plain)) is None
+    assert make_advance(PARTS, plain) is make_skip(PARTS, plain) is None
+    left_out = {"entropy", "kl_target", "stop_kl", "pretrain", "value_path"}
+    switches = {"kl_in", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_end", "value"}
     assert set(plain.numbers) == {field.name for field in dataclasses.fields(plain)} - left_out - switches

@@ -15,7 +15,18 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms.optimizers import adamw
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.ppo import PpoConfig, make_objective, make_prepare
-from rlhf_jax.algorithms.rollouts import Asked, keys, measure, minibatches, place, policy_term, sampled
+from rlhf_jax.algorithms.rollouts import (
+    Around,
+    Asked,
+    Models,
+    RolloutConfig,
+    keys,
+    measure,
+    minibatches,
+    place,
+    policy_term,
+    sampled,
+)
 from rlhf_jax.algorithms.step import STEP, Optimizer, flat_rows, make_state, make_step
 from rlhf_jax.losses.policy import PolicyTokens, grpo
 from rlhf_jax.ops.kl import k2
@@ -23,7 +34,8 @@ from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from rlhf_jax.sampling.sampler import Completion
 from tests import problem
-from tests.test_ppo import PART, Told, key, numbers, params
+from tests.problem import scores
+from tests.test_ppo import PART, PARTS, Told, key, numbers, params
 
 N = math.nan
 
@@ -146,7 +158,7 @@ def test_a_loss_is_a_mean_over_what_it_returns_and_nan_outside_the_mask_reaches_
 
 
 ACTIONS, MOST, DRAWN = (16, 64), 64, 256
-ITERATIONS, TWICE = 100, PpoConfig(epochs=2, minibatches=2)
+ITERATIONS, PLAIN, TWICE = 100, PpoConfig(), RolloutConfig(epochs=2, minibatches=2)
 
 
 class Tables(Told):
@@ -190,10 +202,11 @@ def learner() -> tuple[Any, Callable, Callable]:
     """The optimiser, prepare and the step that both prices of the KL share."""
     rewards, logits = tables()
     model = cast(Any, Tables())
-    score = lambda batch: rewards[tuple(np.asarray(batch["tokens"])[:, 0].T)]
-    prepare = make_prepare(model, model, TWICE, draw_from_tables, score, (model, {"logits": jnp.asarray(logits)}))
-    optimizer = Optimizer(adamw, optax.cosine_decay_schedule(1.0, ITERATIONS * TWICE.epochs * TWICE.minibatches))
-    step = make_step(make_objective(model, model, PART, TWICE), optimizer)
+    score = lambda batch: scores(rewards[tuple(np.asarray(batch["tokens"])[:, 0].T)])
+    models, around = Models(model, model), Around(draw_from_tables, score, TWICE)
+    prepare = make_prepare(models, PARTS, PLAIN, (model, {"logits": jnp.asarray(logits)}), jax.jit, around)
+    optimizer = Optimizer(adamw, optax.cosine_decay_schedule(1.0, ITERATIONS * TWICE.updates))
+    step = make_step(make_objective(models, PARTS, PLAIN), optimizer)
     return optimizer, prepare, jax.jit(step, donate_argnums=0)
 
 
@@ -202,7 +215,8 @@ def test_ppo_reaches_the_optimum_of_rewards_less_their_kl(beta):
     """It is pi_ref exp(r / beta), normalised, of 16 and of 64 actions."""
     (rewards, logits), (optimizer, prepare, step) = tables(), learner()
     rates = {"learning_rate": 0.1, "b1": 0.9, "b2": 0.99, "eps": 1e-5, "weight_decay": 0.0, "clip_norm": math.inf}
-    hyper = numbers(TWICE, kl=beta, value_weight=1.0, value_clip=math.inf) | {"optimizer": rates}
+    hyper = numbers(PLAIN, kl=beta, value_weight=1.0, value_clip=math.inf)
+    hyper |= {"optimizer": rates, "rollout": {"temperature": 1.0}}
     begin = {"policy": {"logits": jnp.array(logits)}, "value": {"score": jnp.zeros(2)}}
     state = make_state(begin, hyper, optimizer, key())
     for _ in range(ITERATIONS):

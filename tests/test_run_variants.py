@@ -13,7 +13,6 @@ from etils import epath
 
 from experiments import export
 from rlhf_jax import run
-from rlhf_jax.build import load_tokenizer
 from rlhf_jax.config import Config, Loss, OptimizerConfig, Train
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
@@ -22,6 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models import lora, start
 from rlhf_jax.models.linear import Lora
+from rlhf_jax.models.tokenizers import load_tokenizer
 from rlhf_jax.sharding import MeshShape
 from rlhf_jax.workdir import load_policy, load_trained, open_policy
 from tests import tiny

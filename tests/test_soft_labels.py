@@ -13,13 +13,13 @@ from etils import epath
 from rlhf_jax import build, run
 from rlhf_jax.algorithms.completions import reference_columns
 from rlhf_jax.algorithms.step import ratio
-from rlhf_jax.build import load_tokenizer
 from rlhf_jax.config import Config, Evaluate, Loss, OptimizerConfig, Train
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.tokenizers import load_tokenizer
 from tests import tiny
 from tests.test_run import lines, make_config
 

@@ -8,7 +8,7 @@ import pathlib
 import pytest
 from etils import epath
 
-from rlhf_jax import run, worlds
+from rlhf_jax import fields, run, worlds
 from rlhf_jax.config import Config, ModelConfig
 from rlhf_jax.data import world, world_rows
 from rlhf_jax.data.config import Data
@@ -31,12 +31,14 @@ def no_training(config: Config, workdir: str) -> None:
     raise AssertionError("nothing was to be made")
 
 
-def made(cache: pathlib.Path) -> epath.Path:
-    """A whole start without the trouble."""
-    place = epath.Path(cache) / "worlds" / f"tiny-{RECIPE.digest}"
-    place.mkdir(parents=True)
-    (place / worlds.WHOLE).write_text("{}")
-    return place
+def made(cache: pathlib.Path) -> tuple[epath.Path, epath.Path]:
+    """Both parts of a whole start without the trouble: the pre-trained and the fine-tuned."""
+    names = f"tiny-pretrained-{RECIPE.pretrained_digest}", f"tiny-{RECIPE.digest}"
+    first, second = (epath.Path(cache) / "worlds" / name for name in names)
+    for place in (first, second):
+        place.mkdir(parents=True)
+        (place / worlds.WHOLE).write_text("{}")
+    return first, second
 
 
 def content(folder: epath.Path) -> dict[str, str]:
@@ -45,43 +47,65 @@ def content(folder: epath.Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[epath.Path]:
-    """The same start made twice."""
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[epath.Path, epath.Path]]:
+    """Both parts of the same start, made twice: at once, and the first alone before the second is asked for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(worlds.RECIPES, "tiny", RECIPE)
         caches = [str(tmp_path_factory.mktemp("cache")) for _ in range(2)]
-        return [worlds.folder("tiny", cache, run.train) for cache in caches]
+        second = worlds.folder("tiny", caches[0], run.train)
+        alone = worlds.pretrained("tiny", caches[1], run.train)
+        assert [path.name for path in alone.parent.iterdir()] == [alone.name]
+        return [
+            (worlds.pretrained("tiny", caches[0]), second), (alone, worlds.folder("tiny", caches[1], run.train)),
+        ]  # fmt: skip
 
 
 def test_making_is_deterministic(two):
-    assert content(two[0]) == content(two[1])
+    for part in range(2):
+        assert content(two[0][part]) == content(two[1][part])
 
 
 def test_a_start_holds_its_files_and_nothing_else(two):
-    names = {path.name for path in two[0].iterdir()}
-    assert names == {"model", worlds.WHOLE, *(f"{part}.jsonl" for part in worlds.FILES)}
-    assert [path.name for path in two[0].parent.iterdir()] == [two[0].name]
-    asked = {row["prompt"] for row in worlds.read(two[0] / "prompts_held_out.jsonl")}
+    first, second = two[0]
+    for place, files in ((first, worlds.WRITTEN), (second, worlds.SAID)):
+        assert {path.name for path in place.iterdir()} == {"model", worlds.WHOLE, *(f"{part}.jsonl" for part in files)}
+    assert {path.name for path in first.parent.iterdir()} == {first.name, second.name}
+    asked = {row["prompt"] for row in worlds.read(first / "prompts_held_out.jsonl")}
     for part, held_out in (("answers", False), ("answers_held_out", True)):
-        rows = worlds.read(two[0] / f"{part}.jsonl")
+        rows = worlds.read(second / f"{part}.jsonl")
         assert rows
         assert {world.held_out(row["prompt"]) for row in rows} == {held_out}
         assert not held_out or {row["prompt"] for row in rows} <= asked
 
 
-def test_its_model_is_read_as_any_other(two):
-    subject = worlds.open_subject("sft", str(two[0] / "model"))
-    assert json.loads(subject.model.source)["hidden_size"] == RECIPE.width
+def test_its_models_are_read_as_any_other_and_differ(two):
+    first, second = (worlds.open_subject("sft", str(place / "model")) for place in two[0])
+    assert (
+        json.loads(first.model.source)["hidden_size"] == json.loads(second.model.source)["hidden_size"] == RECIPE.width
+    )
+    assert (two[0][0] / "model/model.safetensors").read_bytes() != (two[0][1] / "model/model.safetensors").read_bytes()
 
 
 def test_names_become_paths_and_other_paths_stay(tmp_path):
-    place = made(tmp_path)
-    data = Data(path=("world:tiny/answers", "mine.jsonl"), eval_path=("world:tiny/answers_held_out",))
-    config = Config(cache=str(tmp_path), model=ModelConfig(path="world:tiny"), data=data)
-    given = worlds.provide(config, no_training)
-    assert given.model.path == str(place / "model")
-    assert given.data.path == (str(place / "answers.jsonl"), "mine.jsonl")
-    assert given.data.eval_path == (str(place / "answers_held_out.jsonl"),)
+    first, second = made(tmp_path)
+    given = worlds.provide(
+        fields.replace(
+            Config(cache=str(tmp_path)),
+            {
+                "model.path": "world:tiny/pretrained", "data.path": ("world:tiny/answers", "mine.jsonl"),
+                "data.eval_path": ("world:tiny/prompts_held_out",), "rewards.model": "world:tiny",
+                "reward.demonstrations": ("world:tiny/demonstrations",), "ppo.value_path": "runs/reward",
+                "ppo.pretrain": ("text.jsonl", "world:tiny/documents"),
+            },
+        ),
+        no_training,
+    )  # fmt: skip
+    assert (given.model.path, given.rewards.model) == (str(first / "model"), str(second / "model"))
+    assert given.data.path == (str(second / "answers.jsonl"), "mine.jsonl")
+    assert given.data.eval_path == (str(first / "prompts_held_out.jsonl"),)
+    assert given.reward.demonstrations == (str(first / "demonstrations.jsonl"),)
+    assert given.ppo.value_path == "runs/reward"
+    assert given.ppo.pretrain == ("text.jsonl", str(first / "documents.jsonl"))
     other = Config(cache=str(tmp_path), model=ModelConfig(path="mine"), data=Data(path=("a.jsonl",)))
     assert worlds.provide(other, no_training) == other
     assert worlds.provide(Config(), no_training) == Config()
@@ -89,8 +113,16 @@ def test_names_become_paths_and_other_paths_stay(tmp_path):
 
 @pytest.mark.parametrize("part", worlds.FILES)
 def test_one_file_is_found_without_a_config(tmp_path, part):
-    place = made(tmp_path)
+    place = made(tmp_path)[part in worlds.SAID]
     assert worlds.file(f"world:tiny/{part}", str(tmp_path)) == place / f"{part}.jsonl"
+
+
+def test_a_name_may_have_a_seed(tmp_path):
+    recipe = worlds.recipe_of("tiny@3")
+    assert recipe == dataclasses.replace(RECIPE, world=dataclasses.replace(ROWS, seed=3))
+    assert worlds.recipe_of(f"tiny@{ROWS.seed}") == RECIPE
+    with pytest.raises(UserError, match=r"world:tiny@3 isn't made yet.*--config.model.path=world:tiny@3"):
+        worlds.model("world:tiny@3", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +133,13 @@ def test_one_file_is_found_without_a_config(tmp_path, part):
             "world:tiny/answers",
             "no world:tinny; the nearest is world:tiny, there are world:tiny, world",
         ),
-        ("world:tiny/answers", "world:tiny/answers", "names rows; the model is world:tiny"),
+        (
+            "world:tiny/answers",
+            "world:tiny/answers",
+            "model.path=world:tiny/answers names rows; the models are world:tiny",
+        ),
+        ("world:tiny/pretrain", "world:tiny/answers", "names no model; the models are world:tiny and world:tiny/pretr"),
+        ("world:tiny@x", "world:tiny/answers", "the seed behind @ is a whole number of at least 0, as in world:tiny@1"),
         ("world:tiny", "world:tiny/answer", "names no rows; the nearest is world:tiny/answers, world:tiny/ has docum"),
         ("world:tiny", "world:tiny", "'world:tiny' names no rows; world:tiny/ has documents, demonstrations"),
         ("world:tiny", "world:huge/answers", "no world:huge; the nearest is"),
@@ -124,17 +162,17 @@ def test_a_start_that_cannot_be_made_says_what_to_do(tmp_path):
         worlds.file("world:tiny/answers", str(tmp_path / "file"), no_training)
 
 
-def whole(name: str, recipe: worlds.Recipe, place: epath.Path, train: worlds.TrainFunction) -> None:
-    """What stands in the place of the stages."""
+def whole(what: str, recipe: worlds.Recipe, start: epath.Path, place: epath.Path, train: worlds.TrainFunction) -> None:
+    """What stands in the place of the second part's stages."""
     place.mkdir()
     (place / worlds.WHOLE).write_text(place.name)
 
 
 def test_a_folder_that_is_not_whole_is_made_again(tmp_path, monkeypatch):
-    place = made(tmp_path)
+    _, place = made(tmp_path)
     (place / worlds.WHOLE).unlink()
     (place / "answers.jsonl").write_text("half")
-    monkeypatch.setattr(worlds, "_make", whole)
+    monkeypatch.setattr(worlds, "_make_tuned", whole)
     assert worlds.folder("tiny", str(tmp_path), no_training) == place
     assert [path.name for path in place.iterdir()] == [worlds.WHOLE]
 
@@ -149,20 +187,26 @@ def test_a_making_that_fails_leaves_nothing(tmp_path):
 
 
 def test_of_two_that_make_at_once_the_first_stays(tmp_path, monkeypatch):
+    first, second = made(tmp_path)
+    second.rmtree()
+
     def slower(*arguments: object) -> None:
         whole(*arguments)  # pyright: ignore[reportArgumentType]
-        made(tmp_path)
+        second.mkdir()
+        (second / worlds.WHOLE).write_text("{}")
 
-    monkeypatch.setattr(worlds, "_make", slower)
+    monkeypatch.setattr(worlds, "_make_tuned", slower)
     place = worlds.folder("tiny", str(tmp_path), no_training)
     assert (place / worlds.WHOLE).read_text() == "{}"
-    assert list(place.parent.iterdir()) == [place]
+    assert {*place.parent.iterdir()} == {first, second}
 
 
 def test_a_recipe_is_known_by_all_that_decides(monkeypatch):
     other = dataclasses.replace
     assert other(RECIPE, takes="long", preference=worlds.Preference(steps=1)).digest == RECIPE.digest
     changes = {"width": 32, "sft": other(STAGE, rate=2e-3), "world": other(ROWS, seed=1)}
-    digests = {RECIPE.digest, *(other(RECIPE, **{name: value}).digest for name, value in changes.items())}
+    recipes = [RECIPE, *(other(RECIPE, **{name: value}) for name, value in changes.items())]
+    digests, first = {one.digest for one in recipes}, {one.pretrained_digest for one in recipes}
     monkeypatch.setattr(worlds, "MAKING", worlds.MAKING + 1)
     assert len(digests | {RECIPE.digest}) == len(changes) + 2
+    assert len(first | {RECIPE.pretrained_digest}) == len(changes) + 1  # fine-tuning decides nothing of the first part

@@ -3,11 +3,15 @@
 Its contract: `LOSSES`, the losses it can run; `READS`, what a row is for the columns that a loss takes; `BESIDE`,
 kinds of losses of others that it adds up with its own; `HEAD`, that of its models (`Shape.head`);
 `make_objective(model, parts, config)`; `make_judge(model, parts, config)`, what is said of single held-out rows;
-`make_prepare(model, parts, config, reference, compiled)`; `make_carry(parts, config, params)` and
-`make_advance(parts, config)`, a small state of its own and how it moves, or None. `config` is the section of the
-algorithm's name, if there is one.
+`make_prepare(model, parts, config, reference, compiled)`; `make_carry(parts, config, params, hyper)` and
+`make_advance(parts, config)`, a small state of its own and how it moves, or None; `make_skip(parts, config)`, whether a
+step is left out, or None. `config` is the section of the algorithm's name, if there is one.
+
+One that learns from rollouts (its losses read prompts) is given `rollouts.Models` for the model and `rollouts.Around`
+as the last argument of make_prepare; it also has `refers(config)`, whether it holds the policy against a fixed
+reference, `check(config, rollout)`, and `POLICY`, the key of its parameters under which the policy lies, or None.
 """
 
-from rlhf_jax.algorithms import preference, reward, sft
+from rlhf_jax.algorithms import group, ppo, preference, reward, sft
 
-ALGORITHMS = {"sft": sft, "preference": preference, "reward": reward}
+ALGORITHMS = {"sft": sft, "preference": preference, "reward": reward, "ppo": ppo, "group": group}

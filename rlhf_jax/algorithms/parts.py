@@ -59,4 +59,4 @@ def rows_as_they_are(*_: Any) -> Callable[[TrainState, Batch], Iterator[Batch]]:
 
 
 def nothing(*_: Any) -> None:
-    """A make_carry, and a make_advance."""
+    """A make_carry, a make_advance and a make_skip."""

@@ -9,46 +9,70 @@ Huang et al. 2024, arXiv:2403.17031.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from rlhf_jax import sharding
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.rollouts import (
+    Around,
     Asked,
+    Models,
+    RolloutConfig,
+    held_out_rows,
     keys,
+    learnt,
     mean,
     measure,
-    minibatches,
     policy_means,
     policy_term,
     sampled,
+    score_columns,
     token_values,
     total,
     used_tokens,
 )
-from rlhf_jax.algorithms.step import Batch, Mean, Objective, Term, TrainState, balance_term, flat_rows, wanted, whole
+from rlhf_jax.algorithms.step import (
+    Batch,
+    Judge,
+    Mean,
+    Objective,
+    Reads,
+    Term,
+    TrainState,
+    balance_term,
+    flat_rows,
+    wanted,
+    whole,
+)
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses.policy import value_loss
+from rlhf_jax.losses.policy import PER_TOKEN, PolicyTokens, value_loss
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.advantages import gae, masked_mean, token_rewards, whiten
-from rlhf_jax.ops.kl import ESTIMATORS, adaptive
+from rlhf_jax.ops.kl import ESTIMATORS, Estimator, adaptive
+from rlhf_jax.ops.logprobs import Stat
 
-Estimator = Literal["k1", "k2", "k3", "k3_plus"]
-SHOWN = 16  # tokens of a completion in a message
+LOSSES: Mapping[str, Callable[..., Array]] = PER_TOKEN
+READS = {PolicyTokens: Reads("prompt", reference=True)}
+BESIDE: tuple[type, ...] = ()  # text of its own comes with `pretrain`
+HEAD = "words"
+POLICY: str | None = "policy"
 
 
 @dataclasses.dataclass(frozen=True)
 class PpoConfig:
-    """How rollouts become rewards and advantages, and how often each is learnt from."""
+    """How scores become rewards and advantages, and what is learnt beside the policy."""
 
-    epochs: Annotated[int, "times that a rollout is learnt from"] = 4
-    minibatches: Annotated[int, "updates an epoch; they divide the rollout's rows"] = 4
+    value: Annotated[
+        Literal["separate", "head"], "the value: a model of its own, or a second head of the policy, which begins at 0"
+    ] = "separate"
+    value_path: Annotated[
+        str | None, "reward model that the value begins as; none: rewards.model, else the policy with a new head"
+    ] = None
     gamma: Annotated[float, "discount a token"] = 1.0
     lam: Annotated[float, "of the advantages: 1 sums rewards to the end, 0 trusts the value of the next token"] = 0.95
     kl: Annotated[float, "price of leaving the reference, reward units a nat; the first one if it adapts"] = 0.05
@@ -61,7 +85,7 @@ class PpoConfig:
     whiten_rewards: Annotated[bool, "divide token rewards by their standard deviation, their mean kept"] = False
     whiten_advantages: Annotated[bool, "give the advantages of a rollout mean 0 and standard deviation 1"] = True
     value_weight: Annotated[float, "of the value's loss beside the policy's"] = 0.1
-    value_clip: Annotated[float, "reward units that a value may move in a rollout; inf: any"] = 0.2
+    value_clip: Annotated[float | None, "reward units that a value may move in a rollout; none: any"] = 0.2
     entropy: Annotated[
         float | None, "weight of the policy's entropy, nats a token, as a bonus; none: there is none"
     ] = None
@@ -72,13 +96,13 @@ class PpoConfig:
     stop_kl: Annotated[
         float | None, "policy/approxkl, nats a token, past which the rest of a rollout isn't learnt from; none: all is"
     ] = None
-    temperature: Annotated[float, "of sampling; it divides the logits of every model here"] = 1.0
+    pretrain: Annotated[tuple[str, ...], "text that each update also learns from, to forget less; empty: none"] = ()
+    pretrain_weight: Annotated[float, "of that text's negative log-likelihood, nats a token (PPO-ptx)"] = 1.0
 
     @property
     def numbers(self) -> dict[str, float]:
         """Those that programs read from hyper["ppo"]; what is None isn't there, and the programs don't ask for it."""
-        whole_numbers = ("epochs", "minibatches")
-        values = {name: value for name, value in vars(self).items() if name not in whole_numbers}
+        values = vars(self) | {"value_clip": math.inf if self.value_clip is None else self.value_clip}
         return {n: x for n, x in values.items() if isinstance(x, int | float) and not isinstance(x, bool)}
 
     @property
@@ -92,37 +116,74 @@ class PpoConfig:
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3_plus")
 
 
+def refers(config: PpoConfig) -> bool:
+    """Whether there is a fixed reference: always, since its KL is told where it costs nothing."""
+    return True
+
+
+def check(config: PpoConfig, rollout: RolloutConfig) -> None:
+    """Errors: UserError for settings that mean nothing together."""
+    if config.value == "head" and config.value_path is not None:
+        raise UserError("ppo.value=head is a new head of the policy and would ignore --config.ppo.value_path; drop it.")
+    if config.kl_target is None and config.kl_horizon != PpoConfig.kl_horizon:
+        raise UserError("--config.ppo.kl_horizon would be ignored: the price stays; give --config.ppo.kl_target too.")
+    if not config.pretrain and config.pretrain_weight != PpoConfig.pretrain_weight:
+        raise UserError("--config.ppo.pretrain_weight weighs text, and --config.ppo.pretrain names none; give both.")
+    _ = config.estimator  # refuses one that teaches nothing
+
+
 # ---- what is differentiated
 
 
-def make_objective(model: Model, value_model: Model, part: Part, config: PpoConfig = PpoConfig()) -> Objective:
-    """A loss of `losses.policy`, the value's, and if asked for the entropy's and the KL's, each with its denominator.
+def make_objective(models: Models, parts: Sequence[Part], config: PpoConfig = PpoConfig()) -> Objective:
+    """A loss of `losses.policy`, the value's, and if asked for the entropy's, the KL's and that of text of its own.
 
-    The policy's is that of its loss; the others are means over completion tokens. A batch is a minibatch of
-    `make_prepare`.
+    Each has its denominator: the policy's that of its loss, the others completion tokens, or the tokens of the text.
+    A batch is a minibatch of `make_prepare`.
     """
-    estimate = ESTIMATORS[config.estimator]
-    want = wanted(model, "logprobs", "entropy")
+    (part,), model = parts, models.policy
+    estimate, shared = ESTIMATORS[config.estimator], models.value is None
+    both: tuple[Stat, ...] = ("logprobs", "entropy")
+    want = wanted(model, *both, "score") if shared else wanted(model, *both)
 
     def objective(params, frozen, hyper, batch, key):
         numbers, rows = hyper["ppo"], flat_rows(batch)
         policy = whole(params["policy"], frozen)
-        stats = model.token_stats(policy, rows, temperature=numbers["temperature"], want=want)
+        asked = policy | params["value"] if shared else policy
+        stats = model.token_stats(asked, rows, temperature=hyper["rollout"]["temperature"], want=want)
         said = sampled(stats.logprobs, batch)
         count = jnp.sum(said.used)
         terms = {"policy": policy_term(part, said, hyper, batch)}
-        values = token_values(Asked(value_model, params["value"]), rows)
+        values = stats.score if models.value is None else token_values(Asked(models.value, params["value"]), rows)
         terms["value"], means = _value(values, said.used, numbers, batch)
         if config.entropy is not None:
             terms["entropy"] = Term(-numbers["entropy"], total(stats.entropy, said.used), count)
         if config.kl_in == "loss":
             price = batch["coefficient"][:, None]
             terms["kl"] = Term(1.0, total(price * estimate(said.ref_ratio), said.used), count)
+        if config.pretrain:
+            terms["pretrain"] = _likelihood(Asked(model, policy), numbers["pretrain_weight"], batch["pretrain"])
         means |= policy_means(part, said, stats, hyper, batch) | _rollout_means(batch)
         means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}
         return balance_term(model, stats, batch, hyper, terms, means)
 
     return objective
+
+
+def _likelihood(policy: Asked, weight: Array, batch: Batch) -> Term:
+    """The mean negative log-likelihood of text, nats a token, at temperature 1 (Ouyang et al. 2022, Eq. 2)."""
+    rows = flat_rows(batch)
+    used = rows["mask"] * batch["weight"][:, None]
+    return Term(weight, -total(policy.model.token_stats(policy.params, rows).logprobs, used), jnp.sum(used))
+
+
+def make_judge(models: Models, parts: Sequence[Part], config: PpoConfig = PpoConfig()) -> Judge:
+    """What held-out rollouts of `make_prepare` earned, see `held_out_rows`; it reads no parameters."""
+
+    def judge(params, frozen, hyper, batch, key):
+        return held_out_rows(batch["score"] + batch["penalty"], batch)
+
+    return judge
 
 
 def _value(values: Array, used: Array, numbers: Any, batch: Batch) -> tuple[Term, dict[str, Mean]]:
@@ -152,31 +213,31 @@ def _rollout_means(batch: Batch) -> dict[str, Mean]:
 
 
 def make_prepare(
-    model: Model,
-    value_model: Model,
+    models: Models,
+    parts: Sequence[Part],
     config: PpoConfig,
-    draw: Callable[[Any, Batch, Array], Batch],
-    score: Callable[[Batch], Any],
     reference: tuple[Model, Any] | None,
-    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit,
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+    around: Around,
 ) -> Callable[[TrainState, Batch], Iterator[Batch]]:
     """One rollout, then its minibatches, epoch by epoch.
 
     Args:
-      draw: (the policy's parameters, rows, key uint32 [2]) -> a batch of rollouts, see `rollouts`; it samples at
-        config.temperature.
-      score: that batch -> what each completion earns, float32 [B]; it may run on the host, while the models are
-        asked. The same on every process.
       reference: a fixed model and its parameters; None: the state's frozen base, which an adapter leaves as it was.
       compiled: makes a program of (params, frozen, fixed, carry, hyper, rows) -> columns.
     Errors: UserError that names the row of a score that isn't finite.
     """
+    model, shared = models.policy, models.value is None
     reference_model = model.without_adapter() if reference is None else reference[0]
 
     def look(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
-        policy, value = Asked(model, whole(params["policy"], frozen)), Asked(value_model, params["value"])
-        temperature = hyper["ppo"]["temperature"]
-        return measure(policy, rows, temperature=temperature, reference=Asked(reference_model, fixed), value=value)
+        policy = whole(params["policy"], frozen)
+        value = None if models.value is None else Asked(models.value, params["value"])
+        asked = Asked(model, policy | params["value"] if shared else policy)
+        return measure(
+            asked, rows, temperature=hyper["rollout"]["temperature"], reference=Asked(reference_model, fixed),
+            value=value, second_head=shared,
+        )  # fmt: skip
 
     def earn(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
         return _earned(config, carry, hyper["ppo"], rows)
@@ -184,34 +245,17 @@ def make_prepare(
     measured, earned = compiled(look), compiled(earn)
 
     def prepare(state: TrainState, rows: Batch) -> Iterator[Batch]:
-        samples, order = keys(state.key, state.step)
-        drawn = draw(whole(state.params["policy"], state.frozen), rows, samples)
+        samples, order = keys(state.key, state.step, around.held_out)
+        first = int(state.step)
+        drawn = around.draw(whole(state.params["policy"], state.frozen), rows, samples)
         fixed = state.frozen if reference is None else reference[1]
         batch = drawn | measured(state.params, state.frozen, fixed, state.carry, state.hyper, drawn)
-        batch |= {"score": _finite(score(drawn), drawn)}
+        batch |= score_columns(around.score(drawn), drawn)
         batch |= earned(None, None, None, state.carry, state.hyper, batch)
         # From here on the state isn't read: the step donates its buffers.
-        yield from minibatches(batch, config.epochs, config.minibatches, order, model.layout)
+        yield from learnt(batch, around, order, first, model.layout)
 
     return prepare
-
-
-def _finite(scores: Any, batch: Batch) -> np.ndarray:
-    """The scores of a rollout on the host, float32 [B], 0 for padding. Errors: UserError for one that isn't finite."""
-    fetch = lambda name: sharding.fetch(jnp.asarray(batch[name]))
-    scores, real = np.asarray(scores, np.float32), fetch("weight") > 0
-    if scores.shape != real.shape:
-        raise ValueError(f"{real.shape} rollouts have scores of the shape {scores.shape}")
-    wrong = np.flatnonzero(real & ~np.isfinite(scores))
-    if wrong.size:
-        row = int(wrong[0])
-        ids = fetch("tokens")[row][fetch("mask")[row]].tolist()
-        shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
-        raise UserError(
-            f"the score of a completion is {scores[row]}: rollout {row}, row {int(fetch('index')[row])} of the data, "
-            f"{len(ids)} tokens ({shown}); {wrong.size} of {int(real.sum())} scores aren't finite. Mend the reward."
-        )
-    return np.where(real, scores, 0)
 
 
 def _earned(config: PpoConfig, carry: Any, numbers: Any, batch: Batch) -> Batch:
@@ -262,7 +306,7 @@ def _spread(x: Array, mask: Array) -> Array:
 # ---- the carry
 
 
-def make_carry(config: PpoConfig, hyper: Any) -> dict[str, Array] | None:
+def make_carry(parts: Sequence[Part], config: PpoConfig, params: Any, hyper: Any) -> dict[str, Array] | None:
     """The algorithm's own state at the start: kl, an adaptive price; stop, whether the rollout is done with."""
     carry = {}
     if config.kl_target is not None:
@@ -272,7 +316,9 @@ def make_carry(config: PpoConfig, hyper: Any) -> dict[str, Array] | None:
     return carry or None
 
 
-def make_advance(config: PpoConfig) -> Callable[[TrainState, Batch, dict[str, Array]], Any] | None:
+def make_advance(
+    parts: Sequence[Part], config: PpoConfig
+) -> Callable[[TrainState, Batch, dict[str, Array]], Any] | None:
     """The carry after an update, None if there is none.
 
     The price moves after a rollout's last minibatch, by the KL of the whole rollout (Ziegler et al. 2019, sec. 2.2). A
@@ -293,6 +339,6 @@ def make_advance(config: PpoConfig) -> Callable[[TrainState, Batch, dict[str, Ar
     return advance
 
 
-def make_skip(config: PpoConfig) -> Callable[[TrainState, Batch], Array] | None:
+def make_skip(parts: Sequence[Part], config: PpoConfig) -> Callable[[TrainState, Batch], Array] | None:
     """Whether the step leaves the parameters as they are, see `make_step`; None if it never does."""
     return None if config.stop_kl is None else lambda state, batch: state.carry["stop"]

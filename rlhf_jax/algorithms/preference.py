@@ -10,7 +10,7 @@ from jax import Array
 
 from rlhf_jax.algorithms.comparisons import comparison_means, row_comparisons
 from rlhf_jax.algorithms.completions import ASKED, READS, REFERENCE, Said, completion_sums, reference_columns, say
-from rlhf_jax.algorithms.parts import TOKENS, Part, token_term
+from rlhf_jax.algorithms.parts import TOKENS, Part, nothing, token_term
 from rlhf_jax.algorithms.step import (
     Batch,
     Judge,
@@ -245,7 +245,9 @@ def _partners(said: Said) -> Batch:
 # ---- the carry
 
 
-def make_carry(parts: Sequence[Part], config: PreferenceConfig, params: Any) -> dict[str, Any] | None:
+def make_carry(
+    parts: Sequence[Part], config: PreferenceConfig, params: Any, hyper: Any = None
+) -> dict[str, Any] | None:
     """The algorithm's own state at the start: a moving reference, the running mean of rewards; None if it has none."""
     carry = {}
     if any(part.takes in SHIFTED for part in parts):
@@ -280,3 +282,6 @@ def make_advance(
         return carry or None
 
     return advance
+
+
+make_skip = nothing

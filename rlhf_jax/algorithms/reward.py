@@ -193,4 +193,4 @@ def _of_steps(parts: Sequence[Part], per_token: Array, hyper: Any, batch: Batch)
     return terms, means, {name: of_example(value) / count for name, value in rows.items()}
 
 
-make_prepare, make_carry, make_advance = rows_as_they_are, nothing, nothing
+make_prepare, make_carry, make_advance, make_skip = rows_as_they_are, nothing, nothing, nothing

@@ -6,17 +6,20 @@ padding, and ended bool, whether a token and not the length ended it, [B] each. 
 [B, 1, T], of rows [B], and numbers of the whole rollout as [B] columns of one value.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from rlhf_jax import sharding
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.step import Batch, Mean, Term, flat_rows
+from rlhf_jax.errors import UserError
 from rlhf_jax.losses.policy import PolicyTokens, clip_fractions
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.kl import k2, k3
@@ -24,10 +27,68 @@ from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from rlhf_jax.sampling.sampler import Completion
 
-ROLLOUT, ORDER = 5, 6  # purposes that keys are folded with, beside those of step.py
+ROLLOUT, ORDER, HELD_OUT = 5, 6, 7  # purposes that keys are folded with, beside those of step.py
+SHOWN = 16  # tokens of a completion in a message
 CLIPS: Mapping[str, Any] = {  # of the losses with a clipped ratio, whose ratio it is
     "ppo": "token", "grpo": "token", "bnpo": "token", "dr_grpo": "token", "dapo": "token", "gspo": "row", "luspo": "row"
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What a rollout is, and how often it is learnt from: batch_size x minibatches completions."""
+
+    max_new_tokens: Annotated[int, "most tokens of a completion"] = 128
+    temperature: Annotated[float, "of sampling; it divides the logits of policy and reference everywhere"] = 1.0
+    samples: Annotated[int, "completions of each prompt"] = 1
+    epochs: Annotated[int, "times that a rollout is learnt from"] = 1
+    minibatches: Annotated[int, "updates an epoch, of train.batch_size completions each"] = 1
+    slots: Annotated[int, "completions that are decoded at a time"] = 64
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates that a rollout gives."""
+        return self.epochs * self.minibatches
+
+
+class Scores(NamedTuple):
+    """What each of B completions earns by each of R rewards, on the host, the same on every process."""
+
+    rewards: np.ndarray  # [B, R] float32, 0 where a reward doesn't apply
+    applies: np.ndarray  # [B, R] bool
+    weights: np.ndarray  # [R] float32
+    names: tuple[str, ...]  # of the R rewards
+
+    @property
+    def total(self) -> np.ndarray:
+        """The weighted sum of those that apply, [B] float32; 0 where none does."""
+        return np.where(self.applies, self.rewards * self.weights, 0).sum(axis=1).astype(np.float32)
+
+
+class Around(NamedTuple):
+    """What a method that learns from rollouts is given from below its place.
+
+    Attributes:
+      draw: (the policy's parameters, rows, key uint32 [2]) -> a batch of rollouts on the mesh, `rollout.samples`
+        completions of each row's prompt, one behind the other in the order of the rows; padding rows give padding.
+      score: that batch -> its scores; it may run on the host, and may take long.
+      pretrain: the number of an update -> a batch of text of as many rows as the update has, [B, 1, T]; None: none.
+      held_out: the rollouts are only looked at: a rollout is one batch, in the order of its rows, drawn with the same
+        randomness whatever the step.
+    """
+
+    draw: Callable[[Any, Batch, Array], Batch]
+    score: Callable[[Batch], Scores]
+    rollout: RolloutConfig
+    pretrain: Callable[[int], Batch] | None = None
+    held_out: bool = False
+
+
+class Models(NamedTuple):
+    """A policy and its value model; None: the value is a second head of the policy."""
+
+    policy: Model
+    value: Model | None
 
 
 # ---- from prompts to batches
@@ -100,6 +161,8 @@ def measure(
     temperature: float | Array = 1.0,
     reference: Asked | None = None,
     value: Asked | None = None,
+    second_head: bool = False,
+    entropy: bool = False,
 ) -> Batch:
     """What policy, reference and value say of each completion token, float32 [B, 1, T], 0 elsewhere.
 
@@ -108,27 +171,74 @@ def measure(
 
     Args:
       temperature: that of the sampler; it divides the logits of policy and reference alike.
-    Returns: old_logprobs, and ref_logprobs and values if those are asked.
+      second_head: the policy's parameters hold a score head too, which gives the values.
+    Returns: old_logprobs, and entropy, nats, ref_logprobs and values if those are asked.
     """
     rows = flat_rows(batch)
-    said = lambda of: of.model.token_stats(of.params, rows, temperature=temperature).logprobs
-    columns = {"old_logprobs": said(policy)}
+    said = lambda of, *want: of.model.token_stats(of.params, rows, temperature=temperature, want=("logprobs", *want))
+    stats = said(policy, *(["score"] if second_head else []), *(["entropy"] if entropy else []))
+    columns = {"old_logprobs": stats.logprobs} | ({"entropy": stats.entropy} if entropy else {})
+    if second_head:
+        columns["values"] = jnp.where(rows["mask"], stats.score, 0)
     if reference is not None:
-        columns["ref_logprobs"] = said(reference)
+        columns["ref_logprobs"] = said(reference).logprobs
     if value is not None:
         columns["values"] = token_values(value, rows)
     return {name: column.reshape(batch["mask"].shape) for name, column in columns.items()}
 
 
-@jax.jit
-def keys(key: Array, step: Array) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames="held_out")
+def keys(key: Array, step: Array, held_out: bool = False) -> tuple[Array, Array]:
     """The keys of a rollout, uint32 [2]: for its samples, and for the order of its minibatches.
 
     Args:
       key, step: of the train state, whose buffers the step donates: what is needed of them later is made here.
+      held_out: the samples are those of an evaluation, alike at every step.
     """
-    fold = lambda purpose: jax.random.fold_in(jax.random.fold_in(key, purpose), step)
-    return fold(ROLLOUT), fold(ORDER)
+    fold = lambda purpose, step: jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+    return fold(HELD_OUT, 0) if held_out else fold(ROLLOUT, step), fold(ORDER, step)
+
+
+def score_columns(scores: Scores, batch: Batch) -> Batch:
+    """The scores of a rollout as columns, 0 for padding: score, float32 [B], and of several rewards each its own.
+
+    Those are dicts rewards, float32 [B], and applies, bool [B], by their names.
+    Errors: UserError naming the row of a score that isn't finite.
+    """
+    fetch = lambda name: sharding.fetch(jnp.asarray(batch[name]))
+    real, total = fetch("weight") > 0, scores.total
+    if total.shape != real.shape:
+        raise ValueError(f"{real.shape} rollouts have scores of the shape {total.shape}")
+    wrong = np.flatnonzero(real & ~np.isfinite(total))
+    if wrong.size:
+        row = int(wrong[0])
+        ids = fetch("tokens")[row][fetch("mask")[row]].tolist()
+        shown = ", ".join(map(str, ids[:SHOWN])) + (", ..." if len(ids) > SHOWN else "")
+        raise UserError(
+            f"the score of a completion is {total[row]}: rollout {row}, row {int(fetch('index')[row])} of the data, "
+            f"{len(ids)} tokens ({shown}); {wrong.size} of {int(real.sum())} scores aren't finite. Mend the reward."
+        )
+    columns: Batch = {"score": np.where(real, total, 0)}
+    if len(scores.names) > 1:
+        applies = scores.applies & real[:, None]
+        columns["applies"] = dict(zip(scores.names, applies.T, strict=True))
+        columns["rewards"] = dict(zip(scores.names, np.where(applies, scores.rewards, 0).T, strict=True))
+    return columns
+
+
+def learnt(batch: Batch, around: Around, order: Array, first: int, layout: Layout) -> Iterator[Batch]:
+    """What a rollout is learnt from: its minibatches, each with text of its own if there is some.
+
+    Args:
+      order: key of the minibatches' order.
+      first: the number of the update that takes the first of them.
+    """
+    if around.held_out:
+        yield batch
+        return
+    made = minibatches(batch, around.rollout.epochs, around.rollout.minibatches, order, layout)
+    for number, piece in enumerate(made, start=first):
+        yield piece if around.pretrain is None else piece | {"pretrain": around.pretrain(number)}
 
 
 def minibatches(batch: Batch, epochs: int, pieces: int, key: Array, layout: Layout = Layout()) -> Iterator[Batch]:
@@ -157,8 +267,8 @@ def _piece(batch: Batch, key: Array, epoch: Array, piece: Array, last: Array, *,
     rows = batch["weight"].shape[0]
     order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
     mine = jax.lax.dynamic_slice_in_dim(order, piece * (rows // pieces), rows // pieces)
-    chosen = {name: column[mine] for name, column in batch.items()} | {"last": jnp.broadcast_to(last, mine.shape)}
-    return {name: layout.constrain(x, "rows", *(None,) * (x.ndim - 1)) for name, x in chosen.items()}
+    chosen = jax.tree.map(lambda column: column[mine], batch) | {"last": jnp.broadcast_to(last, mine.shape)}
+    return jax.tree.map(lambda x: layout.constrain(x, "rows", *(None,) * (x.ndim - 1)), chosen)
 
 
 # ---- what is differentiated
@@ -228,9 +338,32 @@ def policy_means(part: Part, said: Sampled, stats: TokenStats, hyper: Any, batch
         "completions/length": Mean(jnp.sum(used), jnp.sum(weight)),
         "completions/ended": mean(batch["ended"], weight),
     }
+    means |= reward_means(batch)
     if part.name in CLIPS:
         numbers = part.numbers(hyper, batch)
         bounds = {name: numbers[name] for name in ("clip_low", "clip_high")}
         low, high = clip_fractions(said.tokens, **bounds, level=CLIPS[part.name])
         means |= {"clip_ratio/low": mean(low, used), "clip_ratio/high": mean(high, used)}
     return means
+
+
+def reward_means(batch: Batch) -> dict[str, Mean]:
+    """Of several rewards each one's mean over the completions to which it applies."""
+    rewards = batch.get("rewards", {})
+    return {
+        f"rewards/{name}": mean(reward, batch["applies"][name] * batch["weight"]) for name, reward in rewards.items()
+    }
+
+
+def held_out_rows(earned: Array, batch: Batch) -> tuple[dict[str, Term], dict[str, Mean], dict[str, Array]]:
+    """What is said of held-out rollouts: terms and means, and rows [B].
+
+    Args:
+      earned: [B], what each completion earned, less the price of its KL; the loss is -1 times it.
+      batch: with score, sequence_kl and ended [B].
+    """
+    weight, length = batch["weight"], jnp.sum(used_tokens(batch), axis=1)
+    rows = {"loss": -earned, "score": batch["score"], "kl": batch["sequence_kl"], "length": length}
+    means = {"score": mean(batch["score"], weight), "kl": mean(batch["sequence_kl"], weight)}
+    means |= {"completions/length": mean(length, weight), "completions/ended": mean(batch["ended"], weight)}
+    return {"loss": Term(1.0, -total(earned, weight), jnp.sum(weight))}, means | reward_means(batch), rows

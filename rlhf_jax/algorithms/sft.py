@@ -58,4 +58,4 @@ def make_judge(model: Model, parts: Sequence[Part], config: Any = None) -> Judge
     return judge
 
 
-make_prepare, make_carry, make_advance = rows_as_they_are, nothing, nothing
+make_prepare, make_carry, make_advance, make_skip = rows_as_they_are, nothing, nothing, nothing

@@ -1,4 +1,4 @@
-"""What each kind of row gives to a loss that takes single answers, pairs, ranked groups, labels or labelled steps."""
+"""What each kind of row gives to a loss: single answers, pairs, ranked groups, labels, labelled steps, or prompts."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.rows import (
+    Conversation,
     Demonstration,
     Labelled,
     Message,
@@ -19,13 +20,14 @@ from rlhf_jax.data.rows import (
     Text,
 )
 
-Form = Literal["demonstration", "pair", "ranking", "labelled", "stepwise"]
+Form = Literal["demonstration", "pair", "ranking", "labelled", "stepwise", "prompt"]
 
 
 class Made(NamedTuple):
     """What one example is made of.
 
     Attributes:
+      completions: () of a prompt alone.
       labels, ranks: one a completion where the loss reads them.
       ends: of labelled steps, the character of the completion's text at which each ends.
       step_labels: one a step.
@@ -98,6 +100,25 @@ def _steps(row: Stepwise) -> Iterator[Made]:
     yield Made(row.prompt, (answer,), ends=ends, step_labels=row.labels)
 
 
+def _asked(row: Row) -> Iterator[Made]:
+    """The prompt alone, for rollouts; of a whole conversation what stands before its first answer.
+
+    Raises: Refusal for a row of which nothing can be asked. An empty prompt can, where the row is a prompt.
+    """
+    prompt = row.prompt
+    if prompt == () and isinstance(row, Demonstration) and not isinstance(row.completion, str):
+        prompt = opening(row.completion)
+    if not prompt and not isinstance(row, Prompt):
+        why = "nothing stands before the first answer" if prompt == () else "the row is a text without a prompt"
+        raise Refusal(why)
+    yield Made(prompt, ())
+
+
+def opening(turns: Conversation) -> Conversation:
+    """What stands before the first answer of a conversation."""
+    return tuple(itertools.takewhile(lambda turn: turn.role != "assistant", turns))
+
+
 def joined(steps: Sequence[Text]) -> tuple[Text, tuple[int, ...]]:
     """Steps as the one answer that they make, as they are, and where each ends in its text."""
     texts = [step if isinstance(step, str) else "".join(turn.content for turn in step) for step in steps]
@@ -120,6 +141,12 @@ CONVERSIONS: dict[tuple[type[Row], Form], Callable[..., Iterator[Made]]] = {
     (Ranking, "labelled"): _ranked_pairs,
     (Stepwise, "labelled"): _outcome,
     (Stepwise, "stepwise"): _steps,
+    (Prompt, "prompt"): _asked,
+    (Demonstration, "prompt"): _asked,
+    (Preference, "prompt"): _asked,
+    (Ranking, "prompt"): _asked,
+    (Labelled, "prompt"): _asked,
+    (Stepwise, "prompt"): _asked,
 }
 NEEDS: dict[Form, str] = {
     "demonstration": "answers to imitate",
@@ -127,6 +154,7 @@ NEEDS: dict[Form, str] = {
     "ranking": "ranked answers or pairs",
     "labelled": "answers with a label",
     "stepwise": "solutions with a label for each step",
+    "prompt": "prompts",
 }
 HOLDS: dict[type[Row], str] = {
     Demonstration: "single answers",

@@ -11,7 +11,8 @@ def fit(rows: Sequence[Tokens], length: int) -> tuple[Tokens, ...] | None:
     """Rows with one prompt, cut to `length` tokens: the oldest prompt tokens go, the same from every row.
 
     A beginning token stays first, and one prompt token at least is kept, so that the first completion token
-    keeps something to be predicted from. None if the longest completion doesn't fit even so.
+    keeps something to be predicted from. None if the longest completion doesn't fit even so. A prompt alone keeps its
+    newest tokens: from a `length` of 2 on, at least one besides the beginning token.
     """
     over = max(len(row) for row in rows) - length
     if over <= 0:

@@ -13,7 +13,7 @@ from rlhf_jax.data.conversions import CONVERSIONS, Form, Made, columns_of_pairs,
 from rlhf_jax.data.cutting import fit, pieces
 from rlhf_jax.data.items import Item, Shares, is_text, prompt_text
 from rlhf_jax.data.outcome import Report
-from rlhf_jax.data.rows import Left, Ranking, Refusal, Row
+from rlhf_jax.data.rows import Left, Ranking, Refusal, Row, Text
 from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 
@@ -37,6 +37,9 @@ class Example:
       step_labels: 1 right, 0 wrong, 0.5 neutral, one for each of `completions[0].ends`; else ().
       labeller: who labelled the row, the text of its column of this name; "" for none, or several.
       preferred: of a group [K][K], the share of labels that put completion i above j; else ().
+      text: of a prompt alone, as its row gives it, before any cut; else "". Its tokens are the one completion, of
+        which none is trained.
+      columns: of a prompt alone what else its row says, see `items.beside`; else {}.
     """
 
     completions: tuple[Tokens, ...]
@@ -51,11 +54,13 @@ class Example:
     step_labels: tuple[float, ...] = ()
     labeller: str = ""
     preferred: Shares = ()
+    text: Text = ""
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples and what was left out; `fingerprint` changes with any token, mask or label of any example."""
+    """Examples and what was left out; `fingerprint` changes with any token, mask, label or column of any example."""
 
     train: tuple[Example, ...]
     evaluation: tuple[Example, ...]
@@ -98,12 +103,14 @@ def read(config: Data, encoder: Encoder, form: Form, length: int) -> Read:
     """Reads every source of `config` and makes the examples of one `form`.
 
     Args:
-      form: what the loss takes: single answers, pairs, rankings, labelled answers or labelled steps.
-      length: most tokens a row may have (`config.length`, or the model's context).
+      form: what the loss takes: single answers, pairs, rankings, labelled answers, labelled steps or prompts. A prompt
+        of the same text and columns as an earlier one is left out, and counted as merged.
+      length: most tokens a row may have (`config.length`, or the model's context); of prompts alone, that a prompt
+        may have beside what is written behind it.
     Raises: UserError as the sources and formats do; for rows the form can't be made of; for more refused rows
       than `max_refused`.
     """
-    _check(config, length)
+    _check(config, length, form)
     items.check(config, form)
     notes = _Notes()
     found: list[Item] = []
@@ -115,6 +122,9 @@ def read(config: Data, encoder: Encoder, form: Form, length: int) -> Read:
         found += more
     if config.merge:
         found, merged = items.merge(found, len(config.path), config.ties)
+        notes.merged = dict.fromkeys(merged)
+    if form == "prompt":
+        found, merged = items.distinct(found, len(config.path))
         notes.merged = dict.fromkeys(merged)
     if config.ties:
         found = [items.with_ties(item) for item in found]
@@ -148,7 +158,7 @@ def split(read: Read, config: Data, seed: int) -> Dataset:
     return Dataset(tuple(train), tuple(evaluation), report, _fingerprint(train, evaluation, read.encoder))
 
 
-def _check(config: Data, length: int) -> None:
+def _check(config: Data, length: int, form: Form) -> None:
     if not config.path:
         raise UserError("no data to train on; give --config.data.path=FILE")
     if config.weights and len(config.weights) != len(config.path):
@@ -159,6 +169,11 @@ def _check(config: Data, length: int) -> None:
         raise UserError(f"data.eval_share={config.eval_share} must be at least 0 and below 1")
     if not 0 <= config.max_refused <= 1:
         raise UserError(f"data.max_refused={config.max_refused} must be from 0 to 1")
+    if length < 2 and form == "prompt":
+        raise UserError(
+            f"the length leaves {length} tokens to a prompt, which needs 2 at least: a beginning and one besides; "
+            "raise --config.data.length, or let fewer new tokens be written"
+        )
     if length < 2:
         raise UserError(f"data.length={length} must be at least 2: one token of a prompt and one of an answer")
 
@@ -201,21 +216,23 @@ def _items(
         try:
             if isinstance(record, sources.Refused):
                 raise Refusal(record.reason)
-            rows = formats.adapt(name, record.columns, chat, config.ties)
+            # A ranking of ties has a prompt to answer all the same.
+            rows = formats.adapt(name, record.columns, chat, config.ties or form == "prompt")
             said = columns_of_pairs(record.columns, config, rows)
+            examples = [(made, row.tools) for row in rows for made in _made(row, form, config.ties)]
         except (Refusal, Left) as reason:
             noted = notes.refused if isinstance(reason, Refusal) else notes.left
             noted.setdefault(record.where, str(reason))
             index += 1  # numbers do not move when a row is refused
             continue
-        first, labeller = len(found), _labeller(record.columns)
-        for row in rows:
-            for made in _made(row, form, config.ties):
-                made = made._replace(probability=said.get("probability", made.probability))
-                place = index, source, record.where, row.tools
-                found.append(Item(*made, *place, said.get("margin", 0.0), labeller))
-                index += 1
-        if len(found) == first:
+        labeller = _labeller(record.columns)
+        columns = items.beside(record.columns) if form == "prompt" else {}
+        for made, tools in examples:
+            made = made._replace(probability=said.get("probability", made.probability))
+            place = index, source, record.where, tools
+            found.append(Item(*made, *place, said.get("margin", 0.0), labeller, columns=columns))
+            index += 1
+        if not examples:
             notes.left.setdefault(record.where, "no two answers of different rank and text")
     return found, index
 
@@ -261,11 +278,8 @@ def _encoded(
     policy: str,
     notes: _Notes,
 ) -> list[tuple[Item, Example]]:
-    texts = [(item.prompt, text, item.tools, item.ends) for item in found for text in item.completions]
-    rows = iter(encoder.encode_many(texts))
     kept = []
-    for item in found:
-        whole = [next(rows) for _ in item.completions]
+    for item, whole in zip(found, _tokens(found, encoder), strict=True):
         bad = next((row for row in whole if isinstance(row, Refusal)), None)
         if bad is not None:
             notes.refused.setdefault(item.where, str(bad))
@@ -273,11 +287,14 @@ def _encoded(
         completions = tuple(row for row in whole if isinstance(row, Tokens))
         longest, tokens = max(map(len, completions)), sum(map(len, completions))
         notes.tokens += tokens
-        if any(encoder.keeps_as_text(item.prompt, completion) for completion in item.completions):
+        if any(encoder.keeps_as_text(item.prompt, completion) for completion in item.completions or [""]):
             notes.kept_as_text[item.where] = None
         if longest > length and policy == "stop":
+            has = f"{longest} tokens and the length is {length}"
+            if not item.completions:
+                has = f"a prompt of {longest} tokens and the length leaves it {length}"
             raise UserError(
-                f"{item.where} has {longest} tokens and the length is {length}; "
+                f"{item.where} has {has}; "
                 "raise --config.data.length or choose --config.data.too_long=cut_prompt or refuse"
             )
         fitted = fit(completions, length) if policy == "cut_prompt" or longest <= length else None
@@ -295,10 +312,21 @@ def _encoded(
     return kept
 
 
+def _tokens(found: Sequence[Item], encoder: Encoder) -> Iterator[list[Tokens | Refusal]]:
+    """Of each item its completions behind its prompt, or its prompt where there are none."""
+    texts = [(item.prompt, text, item.tools, item.ends) for item in found for text in item.completions]
+    asked = [item for item in found if not item.completions]
+    rows = iter(encoder.encode_many(texts))
+    prompts = iter(encoder.encode_prompts([item.prompt for item in asked], [item.tools for item in asked]))
+    for item in found:
+        yield [next(rows) for _ in item.completions] or [next(prompts)]
+
+
 def _example(item: Item, completions: tuple[Tokens, ...], prompt: int) -> Example:
     return Example(
         completions, item.labels, prompt, item.index, item.source, item.where, item.ranks, item.probability,
         item.margin, item.step_labels, item.labeller, item.preferred or items.preferred(item.ranks),
+        "" if item.completions else item.prompt, item.columns,
     )  # fmt: skip
 
 
@@ -344,6 +372,8 @@ def _fingerprint(train: Sequence[Example], evaluation: Sequence[Example], encode
                 digest.update(example.completions[0].ends.tobytes())
             if example.preferred not in ((), items.preferred(example.ranks)):
                 digest.update(b"preferred" + np.asarray(example.preferred, np.float64).tobytes())
+            if example.text or example.columns:  # what rewards are given of a prompt alone
+                digest.update(b"asked" + items.written({"text": example.text, "columns": example.columns}).encode())
     return digest.hexdigest()
 
 

@@ -1,17 +1,19 @@
-"""Examples before they are tokenised, and what the rows of several labellers make together."""
+"""Examples before they are tokenised, and what rows of one prompt make together."""
 
 import dataclasses
-import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.conversions import NEEDS, Form
+from rlhf_jax.data.conversions import NEEDS, Form, opening
 from rlhf_jax.data.rows import Text
 from rlhf_jax.errors import UserError
 
+# Columns that reward functions can't be given: their own arguments have these names, or would have them.
+ARGUMENTS = ("prompt", "prompts", "completion", "completions", "messages")
 Shares = tuple[tuple[float, ...], ...]
 
 
@@ -36,10 +38,16 @@ class Item:
     margin: float = 0.0
     labeller: str = ""
     preferred: Shares = ()
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check(config: Data, form: Form) -> None:
-    """Raises: UserError for soft labels that this form or another setting has no place for."""
+    """Raises: UserError for labels of pairs that this form or another setting has no place for."""
+    for name in ("probability", "margin"):
+        if form == "prompt" and getattr(config, name) is not None:
+            raise UserError(
+                f"data.{name} names a column of pairs, and this loss needs {NEEDS[form]}; drop --config.data.{name}"
+            )
     for name, does in (("merge", "makes soft labels of"), ("ties", "keeps ties of")):
         if getattr(config, name) and form not in ("pair", "ranking"):
             raise UserError(
@@ -62,12 +70,43 @@ def prompt_text(item: Item) -> bytes:
 
     Texts without a prompt share nothing unless they are the same.
     """
-    text = item.prompt or item.completions[0]
+    text = item.prompt or next(iter(item.completions), "")
     if not item.prompt and not isinstance(text, str):
-        text = tuple(itertools.takewhile(lambda m: m.role != "assistant", text))
+        text = opening(text)
     if not isinstance(text, str):  # a plain message has two entries, whatever a message may hold besides
         text = tuple(message if message.more else message[:2] for message in text)
     return json.dumps(text).encode()
+
+
+# Prompts alone
+
+
+def beside(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says beside its prompt and its answer: what reward functions are given by name."""
+    return {name: value for name, value in columns.items() if name not in ARGUMENTS}
+
+
+def written(columns: Mapping[str, Any]) -> str:
+    """Columns as JSON text: the same for the same values, in whatever order the record names them."""
+    return json.dumps(columns, sort_keys=True, default=repr)  # a table may hold dates and bytes
+
+
+def distinct(items: Iterable[Item], held_out: int) -> tuple[list[Item], list[str]]:
+    """Prompts, of those that are the same in text, tools and columns the first; and where the others stood.
+
+    Args:
+      held_out: the first source that is held out; its prompts are never one with those that are trained.
+    """
+    found: dict[Hashable, list[Item]] = {}
+    for item in items:
+        key = item.prompt, item.tools, written(item.columns), item.source >= held_out
+        found.setdefault(key, []).append(item)
+    return [same[0] for same in found.values()], _merged(found.values())
+
+
+def _merged(found: Iterable[Sequence[Item]]) -> list[str]:
+    """Where those stood that became one with the first of each group; a row is not merged with itself."""
+    return [item.where for first, *others in found for item in others if item.where != first.where]
 
 
 # Labels of several labellers
@@ -108,7 +147,7 @@ def merge(items: Iterable[Item], held_out: int, ties: bool = False) -> tuple[lis
     made = [
         same[0] if len(same) == 1 else (_group(same, ties) if same[0].ranks else _pair(same)) for same in found.values()
     ]
-    return made, [item.where for same in found.values() for item in same[1:] if item.where != same[0].where]
+    return made, _merged(found.values())
 
 
 def _pair(same: Sequence[Item]) -> Item:

@@ -44,7 +44,7 @@ class Loader:
     A batch holds, for at most K completions an example (1, 2 for pairs) and T the smallest bucket that holds its
     longest row:
       tokens    [B, K, T] int32
-      mask      [B, K, T] bool, trained tokens
+      mask      [B, K, T] bool, trained tokens: none where the examples are prompts alone (K is 1)
       segments  [B, K, T] int32, 1 on tokens, 0 on padding
       positions [B, K, T] int32, from 0 in a row, 0 on padding
       weight    [B] float32, 1, or 0 for padding rows

@@ -21,7 +21,8 @@ class Report:
       left: good rows that hold nothing to learn from, such as ties, with the reason.
       tokens, lost: tokens of all rows that could be encoded, and how many of them the length took: cut away, or of
         rows that were left out for it.
-      merged: rows that became one with an earlier row of the same prompt and answers.
+      merged: rows that became one with an earlier row of the same prompt and answers; of prompts alone, of the same
+        prompt and columns.
       kept_as_text: rows of strings that hold special tokens written out, which stayed text.
     """
 
@@ -55,7 +56,7 @@ class Report:
             (self.split, "texts cut into pieces of the length"),
             (self.too_long, "left out: longer than the length"),
             (self.shared, "left out: prompt also in the held-out rows"),
-            (self.merged, "merged with an earlier row of the same prompt and answers"),
+            (self.merged, "merged with an earlier row of the same prompt and, where they are read, answers"),
         ):
             if rows:
                 more = ", ..." if len(rows) > first else ""

@@ -39,12 +39,12 @@ Tokenised = Mapping[str | Guarded, Ids]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokens:
-    """One prompt with one completion, or one conversation.
+    """One prompt with one completion, one conversation, or a prompt alone.
 
     Attributes:
       ids: int32 [n].
-      mask: bool [n], True on trained tokens. Never True on the first token: nothing stands before it, so it
-        has no log-probability.
+      mask: bool [n], True on trained tokens: on none of a prompt alone. Never True on the first token: nothing stands
+        before it, so it has no log-probability.
       head: leading tokens (0 or 1: the beginning token) that stay when the prompt is cut.
       ends: int32 [steps], ascending, the place in `ids` of the last token of each step; empty without steps.
     """
@@ -59,8 +59,8 @@ class Tokens:
 
     @property
     def start(self) -> int:
-        """Tokens before the first trained one: the length of the prompt, at least 1."""
-        return int(self.mask.argmax())
+        """Tokens before the first trained one, all where none is: the length of the prompt, at least 1."""
+        return int(self.mask.argmax()) if self.mask.any() else len(self)
 
     @property
     def prompt(self) -> np.ndarray:
@@ -183,6 +183,11 @@ class Encoder:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
 
+    def encode_prompts(self, prompts: Sequence[Text], tools: Sequence[str] | None = None) -> list[Tokens | Refusal]:
+        """`prompts` as rows of which no token is trained."""
+        none = lambda ids: Tokens(ids, np.zeros(len(ids), np.bool_), self._head(ids))
+        return [ids if isinstance(ids, Refusal) else none(ids) for ids in self.prompts(prompts, tools)]
+
     def _asked(self, prompt: Text, tools: str) -> str | Guarded:
         if isinstance(prompt, str):
             return self._string_of(prompt, tools, begins=True)
@@ -286,6 +291,9 @@ class Encoder:
         assert token is not None
         return token
 
+    def _head(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int(self.bos_id is not None and ids[0] == self.bos_id)
+
     def _twice(self, ids: Ids) -> bool:
         return self.bos_id is not None and ids[:2] == [self.bos_id] * 2
 
@@ -299,10 +307,9 @@ class Encoder:
         mask[:1] = False
         if not mask.any():
             return Refusal("no token is left to train")
-        head = int(self.bos_id is not None and ids[0] == self.bos_id)
         if steps and (bad := check_steps(steps)):
             return bad
-        return Tokens(np.asarray(ids, np.int32), mask, head, np.asarray(steps[1:], np.int32) - 1)
+        return Tokens(np.asarray(ids, np.int32), mask, self._head(ids), np.asarray(steps[1:], np.int32) - 1)
 
     # Conversations
 

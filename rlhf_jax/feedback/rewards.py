@@ -8,7 +8,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,24 @@ from rlhf_jax.feedback import verifiable
 # answer, with lists of one.
 RewardFunction = Callable[..., Any]
 REWARD_FUNCTIONS: dict[str, RewardFunction] = {"gold": world.gold, **verifiable.REWARDS}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    """What completions are scored by: a reward model or an ensemble, functions, or both; their weighted sum counts."""
+
+    model: Annotated[str | None, "reward model: the folder of a run, of an ensemble, or of Hugging Face"] = None
+    model_weight: Annotated[float, "of its score beside those of functions"] = 1.0
+    how: Annotated[
+        Literal["mean", "minimum", "mean_less_variance"], "one score from those of an ensemble's members"
+    ] = "mean"
+    lam: Annotated[float, "of mean_less_variance: what a unit of variance costs"] = 0.5
+    functions: Annotated[
+        tuple[str, ...], f"{', '.join(REWARD_FUNCTIONS)}, or my_pkg.module:function; they read the rows' other columns"
+    ] = ()
+    weights: Annotated[tuple[float, ...], "of the functions; empty: 1 each"] = ()
+    deadline: Annotated[float, "seconds that asynchronous functions may take for a rollout"] = 600.0
+
 
 LARGEST = float(np.finfo(np.float32).max)
 SHOWN = 80  # characters of a text in a message

@@ -4,13 +4,14 @@ A new loss is one function and one line in the dict at the end of its file. Its 
 its hyper-parameters: they become flags by themselves.
 """
 
+from rlhf_jax.losses.policy import POLICY
 from rlhf_jax.losses.preference import PREFERENCE
 from rlhf_jax.losses.ranked import RANKED
 from rlhf_jax.losses.reward import REWARD
 from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.losses.unpaired import UNPAIRED
 
-LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED, **REWARD}
+LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED, **REWARD, **POLICY}
 
 # Weighted sums of losses, each averaged over what it is a loss of: rows of pairs, and for nll the tokens of the
 # chosen completions.

@@ -223,6 +223,8 @@ POLICY = {
     "ppo": ppo, "grpo": grpo, "bnpo": bnpo, "dr_grpo": dr_grpo, "dapo": dapo, "gspo": gspo, "cispo": cispo,
     "sapo": sapo, "gmpo": gmpo, "vespo": vespo, "luspo": luspo, "reinforce": reinforce,
 }  # fmt: skip
+# Those whose tokens each have an advantage of their own, as a value model gives them; the others read a row's.
+PER_TOKEN = {name: POLICY[name] for name in ("ppo", "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo")}
 
 
 def clip_fractions(

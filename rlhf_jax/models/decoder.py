@@ -338,7 +338,8 @@ class Model:
         Args:
           rows: tokens, segments, positions [B, T] int and mask [B, T] bool, True where asked.
           want: balance is that of the experts (`experts.balance`), averaged over layers; it is about token t
-            where it stands, of every token that isn't padding, whatever the mask.
+            where it stands, of every token that isn't padding, whatever the mask. score is that of `score`, by
+            a score head that the parameters hold beside that of words.
         """
         head = self.head(params)
         hidden, balance = self._weighed(params, rows, "balance" in want)
@@ -347,8 +348,11 @@ class Model:
         stats = token_logprobs(
             hidden, head, ahead(rows["tokens"]), ahead(rows["mask"]) & same,
             temperature=temperature, soft_cap=self.shape.soft_cap,
-            want=tuple(stat for stat in want if stat != "balance"), chunk=self.numerics.chunk, layout=self.layout,
+            want=tuple(stat for stat in want if stat not in ("balance", "score")), chunk=self.numerics.chunk,
+            layout=self.layout,
         )  # fmt: skip
+        if "score" in want:
+            stats = stats._replace(score=jnp.where(ahead(rows["mask"]) & same, _scores(params, hidden), 0))
         stats = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
         return stats if balance is None else stats._replace(balance=balance)
 
@@ -368,9 +372,7 @@ class Model:
         if self.shape.head != "score":
             raise ValueError("a model with a word head has no score to give; see `with_head`")
         hidden, weights = self._weighed(params, rows, balance)
-        kernel, bias = (params[name].astype(jnp.float32) for name in ("score", "score_bias"))
-        scores = jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
-        scores = jnp.where(rows["segments"] != 0, scores, 0)
+        scores = jnp.where(rows["segments"] != 0, _scores(params, hidden), 0)
         return (scores, weights) if balance else scores
 
     def _weighed(self, params: Params, rows: dict[str, Array], weigh: bool) -> tuple[Array, Array | None]:
@@ -381,6 +383,12 @@ class Model:
         if weigh and balance is None:
             raise ValueError("a model without experts has no balance to give")
         return hidden, None if balance is None else jnp.mean(balance, axis=0)
+
+
+def _scores(params: Params, hidden: Array) -> Array:
+    """hidden . score + score_bias, float32 [B, T]."""
+    kernel, bias = (params[name].astype(jnp.float32) for name in ("score", "score_bias"))
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
 
 
 @functools.lru_cache(maxsize=32)

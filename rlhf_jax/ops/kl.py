@@ -10,11 +10,15 @@ when the policy that is differentiated is the one that sampled.
 References: Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.ops.divergences import box_cox
+
+Estimator = Literal["k1", "k2", "k3", "k3_plus"]  # the names of ESTIMATORS
 
 
 def k1(log_ratio: Array) -> Array:

@@ -16,7 +16,7 @@ from rlhf_jax.ops.chunks import Chunks, backward, before_cap, cut, forward, logi
 from rlhf_jax.ops.layout import Layout
 
 HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs"]
-Stat = HeadStat | Literal["balance"]  # of the layers, not of the head: `token_logprobs` can't give it
+Stat = HeadStat | Literal["balance", "score"]  # of the layers, or another head: `token_logprobs` can't give them
 
 
 class Head(NamedTuple):
@@ -36,6 +36,7 @@ class TokenStats(NamedTuple):
     log_sum_sq: Array = None  # pyright: ignore[reportAssignmentType] log sum_v softmax(z)_v^2
     mean_logprobs: Array = None  # pyright: ignore[reportAssignmentType] mean over v of log softmax(z)_v, nats
     balance: Array = None  # pyright: ignore[reportAssignmentType] of the experts, over all tokens but padding
+    score: Array = None  # pyright: ignore[reportAssignmentType] of a second head, in the state before the token
 
 
 class _Static(NamedTuple):

@@ -1,0 +1,156 @@
+"""The stages of a chain, one after the other, and what may change between two calls."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from etils import epath
+
+from rlhf_jax import fields, run, sweep, worlds
+from rlhf_jax.chain import checks, labels
+from rlhf_jax.chain.config import PEOPLE, STAGES, Chain, filled, named
+from rlhf_jax.config import MAY_CHANGE_ON_RESUME
+from rlhf_jax.errors import UserError
+from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.workdir import best_step, check_writable, load_config, open_policy
+
+# Which stages are made from what a stage makes.
+USED_BY = {"sft": STAGES[1:], "labels": ("reward", "ppo", "dpo"), "reward": ("ppo",), "ppo": (), "dpo": ()}
+# What decides nothing of what a stage makes: it may change also where others were made from that.
+DECIDES = ("train.", "evaluate.", "checkpoint.")
+FREE = tuple(name for name in MAY_CHANGE_ON_RESUME if not name.startswith(DECIDES))
+RECORD = "chain.json"
+
+
+class Products(NamedTuple):
+    """What the stages left: a model folder, a file of rankings, a reward model, and two models that write."""
+
+    sft: str
+    labels: str | None  # None where nothing needed any
+    reward: str
+    ppo: str
+    dpo: str
+
+
+# Resuming
+
+
+def open_chain(place: epath.Path, chain: Chain) -> None:
+    """Takes the folder for this chain. Errors: UserError where it holds another, of which something is made."""
+    check_writable(place, "workdir", "--workdir")
+    file = place / RECORD
+    if file.exists():
+        before = fields.from_dict(Chain, json.loads(file.read_text()), f"{file}: ")
+        for line in fields.diff(before, chain):
+            if stale := _made_with(line.partition(":")[0], place, chain):
+                raise UserError(
+                    f"workdir {str(place)!r} holds another chain ({line}), and its {stale} is made with it; go on with "
+                    f"its own config, give another --workdir, or delete {place / stale} and what was made from it."
+                )
+    part = place / f"{RECORD}.part"
+    part.write_text(json.dumps(fields.to_dict(chain), indent=2) + "\n")
+    part.replace(file)
+
+
+def _made_with(leaf: str, place: epath.Path, chain: Chain) -> str | None:
+    """A stage that is begun and that the value of this field decides."""
+    section, _, name = leaf.partition(".")
+    decides = {"seed": STAGES, "prompts": ("labels", *USED_BY["labels"]), "inputs": USED_BY.get(name, ())}
+    if section in chain.made and not name.startswith(FREE):
+        # A run itself says what of its own config may change while nothing is made from it.
+        own = () if section != "labels" and name.startswith(MAY_CHANGE_ON_RESUME) else (section,)
+        decides[section] = (*own, *USED_BY[section])
+    return next((stage for stage in decides.get(section, ()) if begun(place, stage)), None)
+
+
+def begun(place: epath.Path, stage: str) -> bool:
+    """Whether a stage has left something to go on from."""
+    marks = ("rankings.jsonl", "blank.jsonl") if stage == "labels" else ("config.json", "members")
+    return any((place / stage / mark).exists() for mark in marks)
+
+
+# Running
+
+
+def train(chain: Chain, workdir: str) -> Products | None:
+    """Runs the stages that aren't finished; what all of them left, or None where people have to rank first.
+
+    Errors: UserError for whatever the user can mend, before the first stage as far as it can be seen there.
+    """
+    if not workdir:
+        raise UserError("--workdir is empty; give the folder that the chain writes to.")
+    place = epath.Path(os.path.expanduser(workdir))
+    checks.check(chain)
+    checks.check_made(chain)
+    open_chain(place, chain)
+    products = {"sft": _start(chain, place)}
+    if chain.inputs.labels is not None:
+        products["labels"] = checks.local(chain, chain.inputs.labels)
+    elif "labels" in chain.made:
+        file = _label(chain, place, products["sft"])
+        if chain.labels.by == PEOPLE:
+            print(
+                "people rank now: fill in ranks (a number a completion, the smallest the best) and labeller in a copy "
+                f"of {file}, then give the same command with --config.inputs.labels=COPY"
+            )
+            return None
+        products["labels"] = os.fspath(file)
+    for stage in ("reward", "ppo", "dpo"):
+        products[stage] = getattr(chain.inputs, stage) or _trained(chain, stage, place, products)
+    return Products(**{"labels": None, **products})  # pyright: ignore[reportArgumentType]
+
+
+def _trained(chain: Chain, stage: str, place: epath.Path, products: Mapping[str, str]) -> str:
+    """Trains a stage to its end; the run, at its best checkpoint where its patience may have decided the end."""
+    config, folder = filled(chain, stage, products), os.fspath(place / stage)
+    print(f"\n{stage}: {config.loss.name}, in {folder}", flush=True)
+    with named(stage):
+        if config.reward.members > 1:
+            sweep.train_ensemble(config, folder, resume=True)
+            return folder
+        run.train(config, folder, resume=True)
+        return f"{folder}@{best_step(place / stage)}" if config.evaluate.patience else folder
+
+
+def _start(chain: Chain, place: epath.Path) -> str:
+    """The folder of the SFT model, which the others start from: a run is written out as one."""
+    given = chain.inputs.sft
+    if given is not None and given.startswith(worlds.PREFIX):
+        return os.fspath(worlds.model(given, chain.cache, run.train, "--config.inputs.sft"))
+    if given is not None and not _is_run(given):
+        return given
+    policy = open_policy(given or _trained(chain, "sft", place, {}), flag="--config.inputs.sft")
+    # By the step: of a run that went on it is another model.
+    made, part = (place / "sft" / f"model-{policy.step}{end}" for end in ("", ".part"))
+    if not made.exists():
+        part.rmtree(missing_ok=True)
+        hf.write(part, policy.model, policy.params)
+        policy.tokenizer.save_pretrained(os.fspath(part))
+        part.rename(made)
+    return os.fspath(made)
+
+
+def _is_run(path: str) -> bool:
+    for name in (path, path.rpartition("@")[0]):
+        with contextlib.suppress(UserError, ImportError):
+            load_config(epath.Path(os.path.expanduser(name)))
+            return True
+    return False
+
+
+def _label(chain: Chain, place: epath.Path, model: str) -> epath.Path:
+    """The file of rankings, or that which people fill in a copy of; drawn and ranked if it isn't there."""
+    section, folder = chain.labels, place / "labels"
+    file = folder / ("blank.jsonl" if section.by == PEOPLE else "rankings.jsonl")
+    if not file.exists():
+        print(f"\nlabels: {section.answers} answers to each prompt, ranked by {section.by}, in {folder}", flush=True)
+        asked = checks.asked(chain, chain.prompts, section.rows, "--config.prompts")
+        rows = labels.collect(section, worlds.open_subject("sft", model), asked, chain.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{file.name}.part"
+        worlds.write(part, rows)
+        part.replace(file)
+        print(f"labels: {labels.told(rows, len(asked))}", flush=True)
+    return file

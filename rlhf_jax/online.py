@@ -1,0 +1,349 @@
+"""What learning from rollouts needs around it: the sampler, the rewards, what the value begins as, text beside."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.reward import answer_scores
+from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, Scores, place
+from rlhf_jax.algorithms.step import INIT, Batch, flat_rows
+from rlhf_jax.config import Config
+from rlhf_jax.data import dataset
+from rlhf_jax.data.config import Data
+from rlhf_jax.data.loader import Loader
+from rlhf_jax.data.rows import Message, Text
+from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate.answers import Subject, text_of
+from rlhf_jax.evaluate.rewards import Rewards, combine
+from rlhf_jax.feedback.rewards import RewardFunctions, RewardsConfig
+from rlhf_jax.models import start
+from rlhf_jax.models.decoder import Model
+from rlhf_jax.ops.layout import Layout
+from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.sampler import Completion, Sampler
+from rlhf_jax.workdir import end_ids, open_rewards
+
+VALUE = INIT + 1000  # purpose of a value's random weights, where the policy's are random too
+SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
+MODEL = "model"  # the name of the reward model's score beside those of functions
+
+
+class Start(NamedTuple):
+    """What a start is made from: all of it is checked and read before anything is compiled."""
+
+    found: start.Start
+    model: Model  # the policy
+    tokenizer: Any
+    encoder: Encoder
+    mesh: Mesh
+    examples: Sequence[dataset.Example]  # of prompts, those that are trained and those that are held out
+    length: int  # most tokens of a prompt with its completion
+
+
+class Value(NamedTuple):
+    """The value's parameters as training starts from them."""
+
+    shapes: Any
+    make: Callable[[], Any]  # in buffers of their own
+
+
+class Online(NamedTuple):
+    """The surroundings of an experiment that learns from rollouts."""
+
+    models: Models
+    value: Value | None  # None for a method without one
+    draw: "Draw"
+    score: "Score"
+    pretrain: Loader | None
+    rollout: RolloutConfig
+
+    def describe(self, prompts: int) -> str:
+        """A rollout in a line."""
+        rollout, score = self.rollout, self.score
+        of = (
+            f"{rollout.samples} completions of each of {prompts} prompts"
+            if rollout.samples > 1
+            else f"{prompts} prompts"
+        )
+        return (
+            f"{of}, at most {rollout.max_new_tokens} tokens a completion, scored by {', '.join(score.names)}; "
+            f"{rollout.updates} updates each"
+        )
+
+    def around(self, mesh: Mesh, held_out: bool = False) -> Around:
+        """As `make_prepare` takes it."""
+        return Around(self.draw, self.score, self.rollout, self._pretrain(mesh), held_out)
+
+    def _pretrain(self, mesh: Mesh) -> Callable[[int], Batch] | None:
+        loader = self.pretrain
+        if loader is None:
+            return None
+        mine = sharding.local_rows(mesh, loader.batch_size)
+        names = ("tokens", "mask", "segments", "positions", "weight")
+
+        def batch(number: int) -> Batch:
+            rows = loader.batch(number, mine)
+            return sharding.place_rows({name: rows[name] for name in names}, mesh)
+
+        return batch
+
+
+def surround(config: Config, begun: Start) -> Online:
+    """Opens reward models and whatever the value begins as.
+
+    Errors: UserError for whatever the user can mend.
+    """
+    rewards, rollout = config.rewards, config.rollout
+    model = _reward_model(rewards, begun) if rewards.model is not None else None
+    value_model, value = _value(config, begun, model)
+    return Online(
+        Models(begun.model, value_model), value, Draw(begun, rollout), Score(begun, rewards, model),
+        _pretrain(config, begun), rollout,
+    )  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """All that can be checked before a file is read. Errors: UserError."""
+    rewards, rollout = config.rewards, config.rollout
+    ALGORITHMS[config.algorithm].check(getattr(config, config.algorithm), rollout)
+    if rewards.model is None and not rewards.functions:
+        raise UserError(
+            "nothing says what a completion is worth; give --config.rewards.model=FOLDER, "
+            "--config.rewards.functions=NAME, or both."
+        )
+    ignored = [
+        ("weights", bool(rewards.weights), rewards.functions, "functions"),
+        ("model_weight", rewards.model_weight != RewardsConfig.model_weight, rewards.model, "model"),
+        ("how", rewards.how != RewardsConfig.how, rewards.model, "model"),
+        ("lam", rewards.lam != RewardsConfig.lam, rewards.how == "mean_less_variance", "how=mean_less_variance"),
+    ]
+    for name, given, reader, what in ignored:
+        if given and not reader:
+            raise UserError(f"--config.rewards.{name} would be ignored without --config.rewards.{what}; drop it.")
+    if rewards.functions:
+        _functions(rewards)
+    completions = config.train.batch_size * rollout.minibatches
+    if completions % rollout.samples:
+        raise UserError(
+            f"a rollout has train.batch_size x rollout.minibatches = {completions} completions, which "
+            f"--config.rollout.samples={rollout.samples} of each prompt don't divide; change one of them."
+        )
+    if config.data.pack:
+        raise UserError("--config.data.pack packs rows that are written, and rollouts have prompts; drop it.")
+
+
+def _functions(rewards: RewardsConfig) -> RewardFunctions:
+    weights = rewards.weights or None
+    return RewardFunctions.named(rewards.functions, weights, deadline=rewards.deadline)
+
+
+# ---- rollouts
+
+
+class Draw:
+    """(the policy's parameters, rows of prompts, key) -> a batch of rollouts, see `rollouts.Around`."""
+
+    def __init__(self, begun: Start, rollout: RolloutConfig):
+        self._mesh, self._samples = begun.mesh, rollout.samples
+        self._sampler = Sampler(begun.model, slots=rollout.slots, samples=rollout.samples)
+        self._sampling = Sampling(rollout.temperature, max_new_tokens=rollout.max_new_tokens)
+        self._stop_ids = begun.encoder.stop_ids(end_ids(begun.found))
+        self._most = max(example.index for example in begun.examples) + 1
+
+    def __call__(self, params: Any, rows: Batch, key: jax.Array) -> Batch:
+        tokens, segments, index = (sharding.fetch(rows[name]) for name in ("tokens", "segments", "index"))
+        real = np.flatnonzero(index >= 0)
+        prompts = [tokens[i, 0][segments[i, 0] > 0] for i in real]
+        drawn = self._sampler.generate(
+            params, prompts, self._sampling, key, stop_ids=self._stop_ids, rows=self._numbers(index[real])
+        )
+        flat = [completion for one in drawn for completion in one]
+        size, length = len(index) * self._samples, tokens.shape[-1] + self._sampling.max_new_tokens
+        batch = place(prompts, flat, length, rows=size, index=index[real].tolist())
+        mine = sharding.local_rows(self._mesh, size)
+        return sharding.place_rows({name: column[mine] for name, column in batch.items()}, self._mesh)
+
+    def _numbers(self, index: np.ndarray) -> list[int]:
+        """What the randomness of each prompt comes from: its row, and how often the row stood here before."""
+        before: Counter[int] = Counter()
+        numbers = []
+        for row in index.tolist():
+            numbers.append(row + self._most * before[row])
+            before[row] += 1
+        return numbers
+
+
+# ---- scores
+
+
+class Score:
+    """A batch of rollouts -> what each completion earns, on the host."""
+
+    def __init__(self, begun: Start, config: RewardsConfig, model: Rewards | None):
+        self._asked = {example.index: example for example in begun.examples}
+        self._text, self._model, self._config = text_of(begun.tokenizer), model, config
+        self._same = model is not None and model.encoder.fingerprint == begun.encoder.fingerprint
+        if model is not None and self._same and model.length < begun.length:
+            raise UserError(
+                f"rows may have {begun.length} tokens and the context of {model.name} is {model.length}; "
+                "lower --config.data.length or give another reward model."
+            )
+        self._functions = _functions(config) if config.functions else None
+        self.names = (*((MODEL,) if model is not None else ()), *config.functions)
+
+    def __call__(self, batch: Batch) -> Scores:
+        real = sharding.fetch(batch["weight"]) > 0
+        said = self.texts(batch) if self._functions is not None or not self._same else []
+        rewards, applies, weights = [], [], []
+        if self._model is not None:
+            scores = self._by_tokens(batch)[:, real] if self._same else self._by_texts(said)
+            rewards.append(combine(scores, self._config.how, self._config.lam)[:, None])
+            applies.append(np.ones((int(real.sum()), 1), bool))
+            weights.append([self._config.model_weight])
+        if self._functions is not None:
+            told = self._functions(*_apart(said))
+            rewards, applies, weights = [*rewards, told.rewards], [*applies, told.applies], [*weights, told.weights]
+        shape = len(real), len(self.names)
+        spread = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        for whole, parts in zip(spread, (rewards, applies), strict=True):
+            whole[real] = np.concatenate(parts, axis=1)
+        return Scores(*_agreed(spread), np.concatenate(weights).astype(np.float32), self.names)
+
+    def texts(self, batch: Batch) -> list[tuple[dataset.Example, str]]:
+        """Each completion that is not padding: the example that it answers, and how it reads."""
+        names = ("tokens", "mask", "segments", "index", "ended", "weight")
+        tokens, mask, segments, index, ended, weight = (sharding.fetch(batch[name]) for name in names)
+        said = []
+        for row in np.flatnonzero(weight > 0):
+            ids, answer = tokens[row, 0], mask[row, 0]
+            stop = "end" if ended[row] else "length"
+            nothing = np.zeros(0, np.float32)
+            completion = Completion(0, 0, ids[answer], nothing, nothing, stop)
+            prompt = ids[(segments[row, 0] > 0) & ~answer]
+            said.append((self._asked[int(index[row])], self._text(prompt, completion)))
+        return said
+
+    def shown(self, batch: Batch) -> list[dict[str, Any]]:
+        """The first rollouts of a prepared batch as they read, with what they earned."""
+        columns = {name: sharding.fetch(jnp.asarray(batch[name])) for name in ("score", "sequence_kl")}
+        real = np.flatnonzero(sharding.fetch(batch["weight"]) > 0)
+        rows = []
+        for (example, text), row in list(zip(self.texts(batch), real, strict=True))[:SHOWN]:
+            prompt = example.text if isinstance(example.text, str) else example.text[-1].content
+            numbers = {"score": float(columns["score"][row]), "kl": float(columns["sequence_kl"][row])}
+            rows.append({"row": example.where, "prompt": prompt, "completion": text, **numbers})
+        return rows
+
+    def _by_tokens(self, batch: Batch) -> np.ndarray:
+        """[members, B], read from the tokens as they were drawn."""
+        assert self._model is not None
+        rows = {name: batch[name] for name in ("tokens", "mask", "segments", "positions", "weight")}
+        told = [_answer_scores(member.model, member.params, rows) for member in self._model.members]
+        return np.stack([sharding.fetch(one) for one in told]).astype(np.float64)
+
+    def _by_texts(self, said: Sequence[tuple[dataset.Example, str]]) -> np.ndarray:
+        """[members, N], of a reward model with another tokenizer."""
+        assert self._model is not None
+        prompts = [example.text for example, _ in said]
+        completions = [
+            text if isinstance(p, str) else (Message("assistant", text),)
+            for p, (_, text) in zip(prompts, said, strict=True)
+        ]
+        rows = self._model.encode(prompts, completions)
+        return self._model.scores([row.ids for row in rows])
+
+
+def _apart(said: Sequence[tuple[dataset.Example, str]]) -> tuple[list[Text], list[str], dict[str, list[Any]]]:
+    """Prompts, completions, and the columns of the prompts' rows; None where a row hasn't one."""
+    names = dict.fromkeys(name for example, _ in said for name in example.columns)
+    columns = {name: [example.columns.get(name) for example, _ in said] for name in names}
+    return [example.text for example, _ in said], [text for _, text in said], columns
+
+
+def _agreed(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the first process: a function may not say the same twice."""
+    if jax.process_count() == 1:
+        return arrays
+    from jax.experimental import multihost_utils
+
+    rewards, applies = multihost_utils.broadcast_one_to_all(arrays)
+    return np.asarray(rewards), np.asarray(applies)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answer_scores(model: Model, params: Any, batch: Batch) -> jax.Array:
+    return answer_scores(model.score(params, flat_rows(batch)), batch)[:, 0]
+
+
+# ---- models
+
+
+def _reward_model(config: RewardsConfig, begun: Start) -> Rewards:
+    members = open_rewards(str(config.model), mesh=begun.mesh, flag="--config.rewards.model")
+    subjects = [Subject("reward", one.model, one.params, one.tokenizer, one.end_ids) for one in members]
+    return Rewards(f"the reward model {config.model}", subjects, how=config.how, lam=config.lam)
+
+
+def _value(config: Config, begun: Start, reward: Rewards | None) -> tuple[Model | None, Value | None]:
+    """The value model and its start; no model for a second head, nothing at all where there's none."""
+    if config.algorithm != "ppo":
+        return None, None
+    mesh, section = begun.mesh, config.ppo
+    if section.value == "head":
+        shapes = {name: begun.model.with_head("score").shapes()[name] for name in ("score", "score_bias")}
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return None, Value(shapes, jax.jit(zeros, out_shardings=sharding.param_shardings(shapes, mesh)))
+    if section.value_path is not None or reward is not None:
+        first = _first(section.value_path, begun, reward)
+        if Encoder(first.tokenizer).fingerprint != begun.encoder.fingerprint:
+            raise UserError(
+                "the value can't begin as a reward model with another tokenizer than the policy's; give another "
+                "--config.ppo.value_path, or --config.ppo.value=head."
+            )
+        if first.model.shape.length < begun.length:
+            raise UserError(
+                f"rows may have {begun.length} tokens and the value's context is {first.model.shape.length}; "
+                "lower --config.data.length or give --config.ppo.value=head."
+            )
+        return first.model, Value(first.model.shapes(), lambda: jax.tree.map(jnp.copy, first.params))
+    model = start.describe(begun.found, config.model.numerics(), Layout(mesh), "score")
+    sharding.check_divides(model, mesh)
+    if config.model.init == "checkpoint":
+        read = lambda: start.load(begun.found, model, lambda path, _: sharding.param_sharding(mesh, path))
+        return model, Value(model.shapes(), read)
+    key, places = jax.random.fold_in(jax.random.key(config.seed), VALUE), sharding.param_shardings(model.shapes(), mesh)
+    return model, Value(model.shapes(), lambda: jax.jit(model.init, out_shardings=places)(key))
+
+
+def _first(path: str | None, begun: Start, reward: Rewards | None) -> Subject:
+    """The model that the value begins as."""
+    if path is None:
+        assert reward is not None
+        return reward.members[0]
+    opened = open_rewards(path, mesh=begun.mesh, flag="--config.ppo.value_path")[0]
+    return Subject("value", opened.model, opened.params, opened.tokenizer, opened.end_ids)
+
+
+# ---- text beside
+
+
+def _pretrain(config: Config, begun: Start) -> Loader | None:
+    """Batches of text, as many rows as an update has."""
+    paths = config.ppo.pretrain if config.algorithm == "ppo" else ()
+    if not paths:
+        return None
+    data = Data(path=paths, eval_share=0.0, chat_template=config.data.chat_template, special=config.data.special)
+    examples = dataset.load(data, begun.encoder, "demonstration", begun.length, 0).train
+    longest = max(len(example.completions[0]) for example in examples)
+    return Loader(
+        examples, batch_size=config.train.batch_size, seed=config.seed, length=longest, buckets=(longest,)
+    )  # fmt: skip

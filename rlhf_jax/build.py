@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from rlhf_jax import objective, online, sharding
+from rlhf_jax import objective, sharding, surround
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.rollouts import Models
@@ -59,7 +59,7 @@ class Built(NamedTuple):
     optimizer: Optimizer
     hyper: dict[str, Any]
     steps: int
-    online: online.Online | None  # what surrounds rollouts; None for what learns from rows
+    online: surround.Online | None  # what surrounds rollouts; None for what learns from rows
 
     @property
     def moves(self) -> bool:
@@ -186,8 +186,8 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     )
     steps = config.train.steps or -(-len(loader.rows) // size) * _updates(config, chosen.reads)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
-    begun = online.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
-    around = online.surround(config, begun) if form == "prompt" else None
+    begun = surround.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
+    around = surround.surround(config, begun) if form == "prompt" else None
     return Built(
         config, workdir, mesh, model, found, tokenizer, data, held_out, demonstrations, loader, chosen.parts,
         chosen.reads, make_optimizer(steps), hyper, steps, around,

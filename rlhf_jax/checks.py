@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from rlhf_jax import fields, metrics, objective, online, registry, sharding
+from rlhf_jax import fields, metrics, objective, registry, sharding, surround
+from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS, make_schedule
 from rlhf_jax.algorithms.step import Optimizer
 from rlhf_jax.config import Config
@@ -36,8 +37,8 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda x: x >= 1,
         (
             "train.batch_size", "train.microbatches", "train.steps", "checkpoint.keep_last", "model.chunk",
-            "preference.sync_every", "reward.members", "rollout.max_new_tokens", "rollout.samples", "rollout.epochs",
-            "rollout.minibatches", "rollout.slots",
+            "loss.cap", "preference.sync_every", "reward.members", "rollout.max_new_tokens", "rollout.samples",
+            "rollout.epochs", "rollout.minibatches", "rollout.slots",
         ),
     ),
     "at least 0": (
@@ -47,6 +48,7 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "data.threads", "train.balance", "optimizer.warmup", "optimizer.learning_rate", "optimizer.weight_decay",
             "loss.weights", "loss.desirable_weight", "loss.undesirable_weight", "loss.z_loss", "loss.centre",
             "loss.clip_low", "loss.clip_high", "ppo.kl", "ppo.value_weight", "ppo.pretrain_weight", "rewards.lam",
+            "online.explore",
         ),
     ),
     "above 0": (
@@ -97,17 +99,28 @@ def _check_patience(config: Config) -> None:
         )
 
 
-def _check_batch(config: Config, shards: int) -> None:
+def _check_batch(config: Config, form: str, shards: int) -> None:
     train = config.train
     if config.data.pack and config.data.buckets:
         raise UserError(
             f"--config.data.buckets={fields.text(config.data.buckets)} would be ignored: packed rows have one length, "
             "data.length; drop it or --config.data.pack."
         )
-    if train.batch_size % (shards * train.microbatches):
+    each, told = 1, ""
+    if form == "prompt" and ALGORITHMS[config.algorithm].ROW == "prompt":
+        each = config.rollout.samples
+        told = f" of rows that stand for rollout.samples={each} completions"
+    if train.batch_size % (each * shards * train.microbatches):
         raise UserError(
-            f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches over "
-            f"{shards} row shards (mesh data x fsdp x expert); make it a multiple of {shards * train.microbatches}."
+            f"train.batch_size={train.batch_size} does not divide into {train.microbatches} microbatches{told} over "
+            f"{shards} row shards (mesh data x fsdp x expert); make it a multiple of "
+            f"{each * shards * train.microbatches}."
+        )
+    prompts = train.batch_size * config.rollout.minibatches // config.rollout.samples
+    if form == "prompt" and prompts % shards:
+        raise UserError(
+            f"a rollout has train.batch_size x rollout.minibatches / rollout.samples = {prompts} prompts, which don't "
+            f"divide over {shards} row shards (mesh data x fsdp x expert); raise --config.train.batch_size."
         )
 
 
@@ -135,12 +148,12 @@ def check(config: Config) -> Checked:
     metrics.check(config.log)
     chosen = objective.choose(config)
     if chosen.reads.form == "prompt":
-        online.check(config)
+        surround.check(config)
     make_optimizer, rates = _optimizer(config)
     if config.model.path is None:
         raise UserError("no model to train; give --config.model.path=FOLDER_OR_HUB_NAME.")
     mesh = sharding.make_mesh(config.mesh)
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         raise UserError("--config.model.attention=splash runs on TPUs alone; choose auto, dense or blocked.")
-    _check_batch(config, Layout(mesh).shards)
+    _check_batch(config, chosen.reads.form, Layout(mesh).shards)
     return Checked(chosen, make_optimizer, rates, mesh)

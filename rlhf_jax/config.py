@@ -4,9 +4,11 @@ import dataclasses
 from typing import Annotated, Literal
 
 from rlhf_jax.algorithms.group import GroupConfig
+from rlhf_jax.algorithms.online import OnlineConfig
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS
 from rlhf_jax.algorithms.ppo import PpoConfig
 from rlhf_jax.algorithms.preference import PreferenceConfig
+from rlhf_jax.algorithms.rejection import RejectionConfig
 from rlhf_jax.algorithms.reward import RewardConfig
 from rlhf_jax.algorithms.rollouts import RolloutConfig
 from rlhf_jax.checkpoint import CheckpointConfig
@@ -89,7 +91,9 @@ class Config:
     """One training run."""
 
     seed: Annotated[int, "of the rows' order, the held-out split and random weights"] = 0
-    algorithm: Annotated[Literal["sft", "preference", "reward", "ppo", "group"], "what learns"] = "preference"
+    algorithm: Annotated[
+        Literal["sft", "preference", "reward", "ppo", "group", "online", "rejection"], "what learns"
+    ] = "preference"
     cache: Annotated[str, "folder of reference columns that runs share"] = "~/.cache/rlhf_jax"
     model: ModelConfig = ModelConfig()
     lora: Lora = Lora()
@@ -99,6 +103,8 @@ class Config:
     reward: RewardConfig = RewardConfig()
     ppo: PpoConfig = PpoConfig()
     group: GroupConfig = GroupConfig()
+    online: OnlineConfig = OnlineConfig()
+    rejection: RejectionConfig = RejectionConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]

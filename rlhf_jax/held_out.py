@@ -20,8 +20,12 @@ def show(built: Built, step: int, batch: Batch) -> None:
     rows = built.online.score.shown(batch)
     if jax.process_index() > 0:
         return
-    with (built.workdir / "samples.jsonl").open("a") as file:
-        file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+    file = built.workdir / "samples.jsonl"
+    before = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in before if json.loads(line)["step"] < step]  # a run that goes on says some steps again
+    part = built.workdir / "samples.jsonl.part"
+    part.write_text("".join([*kept, *(json.dumps({"step": step, **row}) + "\n" for row in rows)]))
+    part.replace(file)
     for row in rows[:SHOWN]:
         print(f"  {row['score']:8.3f} | {row['prompt'][-LINE:]!r} -> {row['completion'][:LINE]!r}", flush=True)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax import registry
 from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.completions import ASKED
 from rlhf_jax.algorithms.parts import COLUMNS, TOKENS, Part
 from rlhf_jax.algorithms.preference import SORTED, SYNC_MIX
 from rlhf_jax.algorithms.step import Reads
@@ -49,7 +50,7 @@ def choose(config: Config) -> Chosen:
     for name, loss in losses.items():
         numbers[name] = {n: v for n, v in values[name].items() if _is_number(v) and n not in by_row[name]}
         options = {n: v for n, v in values[name].items() if not _is_number(v)}
-        if config.algorithm == "preference" and takes[name] not in TOKENS and "beta" not in numbers[name]:
+        if takes[name] in ASKED and "beta" not in numbers[name]:
             raise UserError(f"the preference loss {name!r} must take beta: the rewards are scaled by it.")
         parts.append(Part(name, loss, takes[name], options, by_row[name]))
     changes = _changes(config, takes, reads)
@@ -160,6 +161,10 @@ def _by_row(config: Config, losses: Mapping[str, Callable[..., Any]], form: str)
         asked |= {"label_smoothing": "ties"} if config.data.ties else {}
     for argument, source in asked.items():
         flag = f"--config.data.{source}"
+        if form == "prompt":
+            raise UserError(
+                f"algorithm {config.algorithm!r} would ignore {flag}, which is said of written answers; drop the flag."
+            )
         if not any(_takes_rows(loss, argument) for loss in losses.values()):
             own = ALGORITHMS[config.algorithm].LOSSES.items()
             able = ", ".join(name for name, loss in own if _takes_rows(loss, argument)) or "those of another algorithm"

@@ -35,6 +35,7 @@ from rlhf_jax.feedback.rankings import rank_answers
 from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
+from rlhf_jax.models.tokenizers import make_tokenizer
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler
 from rlhf_jax.sharding import MeshShape
@@ -283,8 +284,8 @@ def _make_pretrained(what: str, recipe: Recipe, place: epath.Path, train: TrainF
     world_rows.write(rows, recipe.world)
     write_model(base, [row["completion"] for row in read(rows / "documents.jsonl")], recipe.shape)
     print(f"{what}: pre-training on documents", flush=True)
-    start = ModelConfig(path=os.fspath(base), init="random")
-    made = _learn(likelihood(rows, "documents", recipe.pretrain), start, recipe, place / "run", train)
+    config, start = likelihood(rows, "documents", recipe.pretrain), ModelConfig(path=os.fspath(base), init="random")
+    made = _learn(config, start, recipe, place / "run", train)
     for part in WRITTEN:
         (rows / f"{part}.jsonl").rename(place / f"{part}.jsonl")
     _finish(made, recipe, place)
@@ -310,8 +311,7 @@ def _learn(config: Config, start: ModelConfig, recipe: Recipe, work: epath.Path,
     config = dataclasses.replace(config, model=start, seed=recipe.world.seed, mesh=MeshShape(1, 1, 1))
     with contextlib.redirect_stdout(io.StringIO()):  # what a run tells is of no use to whoever wants its product
         train(config, os.fspath(work))
-    best = "@best" if config.evaluate.patience else ""
-    return export(f"{work}{best}", work.parent / "made")
+    return export(f"{work}@best" if config.evaluate.patience else str(work), work.parent / "made")
 
 
 def _finish(made: epath.Path, recipe: Recipe, place: epath.Path) -> None:
@@ -325,23 +325,8 @@ def _finish(made: epath.Path, recipe: Recipe, place: epath.Path) -> None:
 
 def write_model(folder: epath.Path, texts: Sequence[str], shape: dict[str, Any] = SHAPE) -> None:
     """A config without weights, and a byte-level tokenizer made from the texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=shape["vocab_size"], special_tokens=["<|start|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    fast.save_pretrained(os.fspath(folder))
+    make_tokenizer(texts, shape["vocab_size"]).save_pretrained(os.fspath(folder))
     (folder / "config.json").write_text(json.dumps(shape, indent=2))
 
 

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from experiments import train
-from rlhf_jax import build, fields, flags
+from rlhf_jax import checks, fields, flags
 from rlhf_jax.config import Config
 from rlhf_jax.workdir import open_workdir
 from tests.spoilt import CHAT, HALVES, LABELLED, PAIRS, POINTER, SEVEN, Ground
@@ -359,7 +359,7 @@ def test_a_name_for_the_best_checkpoint_that_no_metric_has(ground, capsys, tmp_p
 
 def test_every_rule_for_values_is_one_for_a_field_that_exists():
     paths = {leaf.path for leaf in fields.leaves(Config())}
-    assert {name for _, names in build.ALLOWED.values() for name in names} <= paths
+    assert {name for _, names in checks.ALLOWED.values() for name in names} <= paths
 
 
 def test_the_program_itself_says_it_in_one_line(ground, tmp_path):

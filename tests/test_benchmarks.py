@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import process_world, reward_stories, reward_world
+from benchmarks import ppo_stories, process_world, reward_stories, reward_world
 from rlhf_jax.data import labellers
 
 SUM = "What is 3 + 4 - 2?\n"
@@ -53,3 +53,11 @@ def test_held_out_rankings_are_judged_by_each_two_answers_that_they_tell_apart()
     assert held.chance == pytest.approx([1 - person.noise, 1 - person.noise, person.noise], abs=0.02)
     assert held.accuracy(held.gold) == pytest.approx(2 / 3)
     assert held.accuracy(np.asarray([1.0, 1.0, 0.0])) == pytest.approx(0.5)
+
+
+def test_the_reward_that_turns_pays_for_two_uses_of_a_happy_word_and_takes_back_more():
+    worth = [ppo_stories.turning("happy " * uses) for uses in range(6)]
+    assert worth == [0, 1, 2, 1, 0, -1] and ppo_stories.turning("happy joy fun smile sad") == 3
+    prompts, texts = ["x"] * 2, ["happy happy happy", "sad"]
+    assert ppo_stories.turning_reward(prompts, texts, loud=[1, 2]) == [1.0, -1.0]
+    assert ppo_stories.happy_reward(prompts, texts) == [3.0, -1.0]

@@ -17,10 +17,12 @@ PACKAGE = "rlhf_jax"
 FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
-    "checkpoint", "metrics", "report", "config", "objective", "workdir", "online", "checks",
+    "checkpoint", "metrics", "report", "config", "objective", "workdir", "surround", "checks",
     "build", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "plan",
 )  # fmt: skip
-SHARED_BY_ALGORITHMS = ("step", "parts", "comparisons", "completions", "optimizers", "rollouts", "rounds")
+SHARED_BY_ALGORITHMS = (
+    "step", "parts", "comparisons", "completions", "examples", "optimizers", "rollouts", "rounds", "picks",
+)  # fmt: skip
 # Other people's packages that a floor may import; the floors that aren't named may import any.
 ARRAYS = ("jax", "numpy", "chex")
 PARTIES = {

@@ -57,7 +57,7 @@ class Told:
 
     shape, layout = types.SimpleNamespace(experts=None), Layout()
 
-    def token_stats(self, params: Any, rows: Any, *, temperature: Any, want: Any = ()) -> TokenStats:
+    def token_stats(self, params: Any, rows: Any, *, temperature: Any = 1.0, want: Any = ()) -> TokenStats:
         said = jnp.where(rows["mask"], params["logprobs"] / temperature, 0)
         return TokenStats(logprobs=said, entropy=jnp.zeros_like(said))
 

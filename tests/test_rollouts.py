@@ -164,7 +164,7 @@ ITERATIONS, PLAIN, TWICE = 100, PpoConfig(), RolloutConfig(epochs=2, minibatches
 class Tables(Told):
     """The first token says which table of logits, and value, the second is drawn from."""
 
-    def token_stats(self, params: Any, rows: Any, *, temperature: Any, want: Any = ()) -> TokenStats:
+    def token_stats(self, params: Any, rows: Any, *, temperature: Any = 1.0, want: Any = ()) -> TokenStats:
         logp, mask, which = jax.nn.log_softmax(params["logits"] / temperature), rows["mask"], rows["tokens"][:, :1]
         entropy = -jnp.sum(jnp.exp(logp) * logp, axis=1)
         said = jnp.where(mask, logp[which, rows["tokens"]], 0)

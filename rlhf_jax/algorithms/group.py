@@ -62,6 +62,7 @@ READS = {PolicyTokens: Reads("prompt", reference=True)}
 BESIDE: tuple[type, ...] = ()
 HEAD = "words"
 POLICY: str | None = None  # the parameters are the policy's
+ROW = "completion"
 NUMBERS = ("kl", "overlong_weight", "top_entropy", "entropy")  # fields that programs read
 
 

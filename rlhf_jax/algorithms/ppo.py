@@ -21,8 +21,10 @@ from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.rollouts import (
     Around,
     Asked,
+    EndConfig,
     Models,
     RolloutConfig,
+    end_counts,
     held_out_rows,
     keys,
     learnt,
@@ -61,10 +63,11 @@ READS = {PolicyTokens: Reads("prompt", reference=True)}
 BESIDE: tuple[type, ...] = ()  # text of its own comes with `pretrain`
 HEAD = "words"
 POLICY: str | None = "policy"
+ROW = "completion"
 
 
 @dataclasses.dataclass(frozen=True)
-class PpoConfig:
+class PpoConfig(EndConfig):
     """How scores become rewards and advantages, and what is learnt beside the policy."""
 
     value: Annotated[
@@ -89,10 +92,6 @@ class PpoConfig:
     entropy: Annotated[
         float | None, "weight of the policy's entropy, nats a token, as a bonus; none: there is none"
     ] = None
-    missing_end: Annotated[
-        Literal["replace", "subtract"], "what missing_end_score does to the score of a completion without an end"
-    ] = "replace"
-    missing_end_score: Annotated[float, "the score that it gets, or whose size is subtracted from its own"] = -1.0
     stop_kl: Annotated[
         float | None, "policy/approxkl, nats a token, past which the rest of a rollout isn't learnt from; none: all is"
     ] = None
@@ -181,7 +180,8 @@ def make_judge(models: Models, parts: Sequence[Part], config: PpoConfig = PpoCon
     """What held-out rollouts of `make_prepare` earned, see `held_out_rows`; it reads no parameters."""
 
     def judge(params, frozen, hyper, batch, key):
-        return held_out_rows(batch["score"] + batch["penalty"], batch)
+        in_loss = batch["coefficient"] * batch["sequence_kl"] if config.kl_in == "loss" else 0.0
+        return held_out_rows(batch["score"] + batch["penalty"] - in_loss, batch)
 
     return judge
 
@@ -195,7 +195,8 @@ def _value(values: Array, used: Array, numbers: Any, batch: Batch) -> tuple[Term
     means = {
         "val/loss": mean(loss, used),
         "val/error": mean(error, used),
-        "val/clip": mean(2 * loss > error, used),  # where the clipped one is the larger
+        # Where the clipped one is the larger; by itself that is also rounding, where nothing is clipped.
+        "val/clip": mean((2 * loss > error) & (jnp.abs(values - old) > clip), used),
         "val/explained": mean(batch["explained"], batch["weight"]),
     }
     return Term(numbers["value_weight"], total(loss, used), jnp.sum(used)), means
@@ -269,7 +270,7 @@ def _earned(config: PpoConfig, carry: Any, numbers: Any, batch: Batch) -> Batch:
     column = lambda name: jnp.where(used, batch[name][:, 0], 0)
     log_ratio, values = column("old_logprobs") - column("ref_logprobs"), column("values")
     weight = batch["weight"]
-    score = jnp.where(weight > 0, _end_counts(config, numbers, batch), 0)
+    score = end_counts(config, numbers["missing_end_score"], batch)
     coefficient = numbers["kl"] if config.kl_target is None else carry["kl"]
     price = coefficient if config.kl_in == "reward" else 0.0
     kl = ESTIMATORS[config.estimator](log_ratio)
@@ -289,13 +290,6 @@ def _earned(config: PpoConfig, carry: Any, numbers: Any, batch: Batch) -> Batch:
         made["next_coefficient"] = jnp.broadcast_to(after, score.shape)
     advantages = whiten(advantages, used) if config.whiten_advantages else advantages
     return made | {"advantages": advantages[:, None], "returns": returns[:, None]}
-
-
-def _end_counts(config: PpoConfig, numbers: Any, batch: Batch) -> Array:
-    """Scores, [B], in which a completion that the length cut off has what `missing_end` says (Huang et al. 2024)."""
-    given, missing = batch["score"], numbers["missing_end_score"]
-    without = {"replace": lambda: missing, "subtract": lambda: given - jnp.abs(missing)}[config.missing_end]()
-    return jnp.where(batch["ended"], given, without)
 
 
 def _spread(x: Array, mask: Array) -> Array:

@@ -8,32 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.algorithms.comparisons import comparison_means, row_comparisons
-from rlhf_jax.algorithms.completions import ASKED, READS, REFERENCE, Said, completion_sums, reference_columns, say
-from rlhf_jax.algorithms.parts import TOKENS, Part, nothing, token_term
-from rlhf_jax.algorithms.step import (
-    Batch,
-    Judge,
-    Mean,
-    Objective,
-    Term,
-    TrainState,
-    balance_term,
-    flat_rows,
-    ratio,
-    token_weight,
-    wanted,
-    whole,
-)
+from rlhf_jax.algorithms.completions import READS, REFERENCE, Said, reference_columns
+from rlhf_jax.algorithms.examples import SHIFTED, Losses, term_means
+from rlhf_jax.algorithms.parts import TOKENS, Part, nothing
+from rlhf_jax.algorithms.step import Batch, Judge, Objective, TrainState, balance_term, ratio, whole
 from rlhf_jax.losses.preference import PREFERENCE, SortedMargins, SortedRatios, partners
 from rlhf_jax.losses.ranked import RANKED
-from rlhf_jax.losses.unpaired import UNPAIRED, Answer, ShiftedAnswer
+from rlhf_jax.losses.unpaired import UNPAIRED
 from rlhf_jax.models.decoder import Model
 
 LOSSES: Mapping[str, Callable[..., Array]] = {**PREFERENCE, **RANKED, **UNPAIRED}
 BESIDE = TOKENS  # what it may add up with its own: the likelihood of chosen answers
 HEAD = "words"
-SORTED, SHIFTED = (SortedMargins, SortedRatios), (ShiftedAnswer,)
+SORTED = SortedMargins, SortedRatios
 SYNC_MIX = 0.6  # the paper's, where none is set
 
 
@@ -53,72 +40,8 @@ class PreferenceConfig:
     sync_mix: Annotated[float | None, "share of the policy in the reference after it moved, above 0; none: 0.6"] = None
 
 
-def _threshold(takes: type, said: Said, beta: Array) -> Array:
-    """The reward above which a loss of `takes` counts a single answer as good, [N]."""
-    if takes is Answer:
-        return beta * said.columns["baseline"]
-    return said.columns["shift"] if takes in SHIFTED else jnp.zeros_like(said.weight)
-
-
-def _metrics(said: Said, rewards: Array, threshold: Array) -> dict[str, Mean]:
-    """What is plotted of a preference run."""
-    weight = said.weight[:, None] * said.present
-    mean = lambda x, w: Mean(jnp.sum(x * w), jnp.sum(w))
-    return {
-        **comparison_means(said, rewards, threshold),
-        "logps/chosen": mean(said.whole, weight * said.labels),
-        "logps/rejected": mean(said.whole, weight * (1 - said.labels)),
-    }
-
-
-class _Losses:
-    """The parts of an objective on a batch: what the objective and the judge of single rows share."""
-
-    def __init__(self, model: Model, parts: Sequence[Part], config: PreferenceConfig):
-        self.model, self.config = model, config
-        self.by_row = [part for part in parts if part.takes not in TOKENS]
-        self.by_token = [part for part in parts if part.takes in TOKENS]
-        names: list[Any] = ["logprobs", *(name for part in self.by_token for name in part.takes._fields)]
-        names += ["log_sum_sq"] if config.weighting == "wpo" else []
-        self.want = wanted(model, *dict.fromkeys(names))
-
-    def say(self, params: Any, hyper: Any, batch: Batch) -> tuple[Said, Any]:
-        stats = self.model.token_stats(params, flat_rows(batch), want=self.want)
-        alpha = None if self.config.length_alpha is None else hyper["preference"]["length_alpha"]
-        return say(stats, batch, alpha), stats
-
-    def rows(self, said: Said, stats: Any, hyper: Any, batch: Batch) -> tuple[dict[str, Array], Array, Array]:
-        """The loss of each example by each part that is one of examples, [N]; the first one's rewards and threshold."""
-        found = {
-            part.name: ASKED[part.takes](
-                lambda columns, part=part: part.loss(columns, **part.numbers(hyper, batch)), said
-            )
-            for part in self.by_row
-        }
-        factor = 1.0 if self.config.weighting is None else _wpo(said, stats, batch)
-        first = self.by_row[0]
-        beta = hyper["loss"][first.name]["beta"]
-        rewards = beta * jax.lax.stop_gradient(found[first.name][1])
-        return {name: loss * factor for name, (loss, _) in found.items()}, rewards, _threshold(first.takes, said, beta)
-
-    def tokens(self, stats: Any, hyper: Any, batch: Batch) -> dict[str, Term]:
-        """The parts that are of tokens: those of the desirable completions."""
-        if not self.by_token:
-            return {}
-        good = batch["labels"].reshape(*batch["weight"].shape, -1)
-        trained = batch["mask"] & (batch["positions"] > 0)  # a first token is predicted from nothing
-        used = (trained * token_weight(batch, good)).reshape(stats.logprobs.shape)
-        return {part.name: token_term(part, stats, used, hyper, batch) for part in self.by_token}
-
-
-def _wpo(said: Said, stats: Any, batch: Batch) -> Array:
-    """How likely the policy would be to write the pair, to a power of one over its length, [N]; no gradient.
-
-    The product over both completions of exp(mean over tokens of log p - log sum p^2).
-    References: Zhou et al. 2024, arXiv:2406.11827, Eq. 2 with its sampled alignment.
-    """
-    aligned = completion_sums(stats.logprobs - stats.log_sum_sq, batch) / said.length
-    return jax.lax.stop_gradient(jnp.exp(jnp.sum(aligned, axis=1)))
+def _losses(model: Model, parts: Sequence[Part], config: PreferenceConfig) -> Losses:
+    return Losses(model, parts, shortened=config.length_alpha is not None, wpo=config.weighting == "wpo")
 
 
 def make_objective(model: Model, parts: Sequence[Part], config: PreferenceConfig = PreferenceConfig()) -> Objective:
@@ -141,27 +64,13 @@ def make_judge(model: Model, parts: Sequence[Part], config: PreferenceConfig = P
     loss: the weighted sum of the parts that are losses of examples; margin: the mean over its comparisons of what
     should be above 0, in reward units; correct: the share of them that are.
     """
-    losses = _Losses(model, parts, config)
+    losses = _losses(model, parts, config)
 
     def judge(params, frozen, hyper, batch, key):
         said, stats = losses.say(whole(params, frozen), hyper, batch)
-        rows, rewards, threshold = losses.rows(said, stats, hyper, batch)
-        count = jnp.sum(said.weight)
-        sums = {name: jnp.sum(jnp.where(said.weight > 0, loss * said.weight, 0)) for name, loss in rows.items()}
-        terms = {name: Term(hyper["weights"][name], total, count) for name, total in sums.items()}
-        terms |= losses.tokens(stats, hyper, batch)
-        means = _metrics(said._replace(whole=jax.lax.stop_gradient(said.whole)), rewards, threshold)
-        if len(parts) > 1:
-            means |= {f"loss/{name}": Mean(jax.lax.stop_gradient(t.total), t.count) for name, t in terms.items()}
-        for column, name in (("baseline", "kl"), ("shift", "shift")):
-            if column in said.columns:
-                means[name] = Mean(jnp.sum(said.columns[column] * said.weight), count)
-        if "shift" in said.columns:
-            answers = said.weight[:, None] * said.present
-            means["rewards/mean"] = Mean(jnp.sum(rewards * answers), jnp.sum(answers))
-        loss = jnp.asarray(sum(hyper["weights"][name] * loss for name, loss in rows.items()))
-        of_rows = {"loss": loss, **row_comparisons(said, rewards, threshold)}
-        return *balance_term(model, stats, batch, hyper, terms, means), of_rows
+        terms, means, rows = losses.judged(said, stats, hyper, batch)
+        means |= term_means(terms) if len(parts) > 1 else {}
+        return *balance_term(model, stats, batch, hyper, terms, means), rows
 
     return judge
 
@@ -193,7 +102,7 @@ def make_prepare(
     mismatched = any(READS[kind].mismatched for kind in kinds - set(TOKENS))
     moves, shared = config.sync_every is not None, config.length_alpha is not None
     fixed_model = model.without_adapter() if reference is None else reference[0]
-    losses = _Losses(model, parts, config)
+    losses = _losses(model, parts, config)
 
     def live(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
         like = rows["weight"].shape

@@ -9,7 +9,7 @@ padding, and ended bool, whether a token and not the length ended it, [B] each. 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,16 @@ class RolloutConfig:
     def updates(self) -> int:
         """Optimiser updates that a rollout gives."""
         return self.epochs * self.minibatches
+
+
+@dataclasses.dataclass(frozen=True)
+class EndConfig:
+    """What a completion is worth that the length cut off."""
+
+    missing_end: Annotated[
+        Literal["replace", "subtract"], "what missing_end_score does to the score of a completion without an end"
+    ] = "replace"
+    missing_end_score: Annotated[float, "the score that it gets, or whose size is subtracted from its own"] = -1.0
 
 
 class Scores(NamedTuple):
@@ -224,6 +234,17 @@ def score_columns(scores: Scores, batch: Batch) -> Batch:
         columns["applies"] = dict(zip(scores.names, applies.T, strict=True))
         columns["rewards"] = dict(zip(scores.names, np.where(applies, scores.rewards, 0).T, strict=True))
     return columns
+
+
+def end_counts(config: EndConfig, missing: Array, batch: Batch) -> Array:
+    """Scores as they count, [B], 0 for padding: `missing_end` says what one without an end has (Huang et al. 2024).
+
+    Args:
+      missing: `missing_end_score`.
+    """
+    given = batch["score"]
+    without = {"replace": lambda: missing, "subtract": lambda: given - jnp.abs(missing)}[config.missing_end]()
+    return jnp.where(batch["weight"] > 0, jnp.where(batch["ended"], given, without), 0)
 
 
 def learnt(batch: Batch, around: Around, order: Array, first: int, layout: Layout) -> Iterator[Batch]:

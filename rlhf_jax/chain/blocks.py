@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from rlhf_jax import fields, report
-from rlhf_jax.chain.config import Chain
+from rlhf_jax.chain.config import PEOPLE, WORLD, Chain
 from rlhf_jax.chain.measure import BASE, PROXY, Measured
 from rlhf_jax.evaluate.compare import Result
 from rlhf_jax.evaluate.intervals import Estimate, paired
@@ -21,6 +21,31 @@ BANDS = "Bands are 95% bootstrap intervals that resample prompts."
 
 
 # In words
+
+
+def story(chain: Chain) -> report.Text:
+    """What was done, stage by stage, and what the scores are."""
+    labels, people = chain.labels, chain.labels.labeller
+    err = f"who turn {people.noise:.0%} of their rankings round and to whom a word more is worth {people.length_bias}"
+    noisy = f"{labels.by} with noise of the scale {labels.scale}"
+    who = {WORLD: f"simulated people, {err}", PEOPLE: "people"}.get(labels.by, noisy)
+    does = {
+        "sft": "SFT on demonstrations",
+        "labels": f"rankings of {labels.answers} answers of the SFT model to each prompt, by {who}",
+        "reward": f"a reward model from rankings ({chain.reward.loss.name})",
+        "ppo": f"PPO against the reward model, at {chain.ppo.ppo.kl} a nat of KL",
+        "dpo": f"{chain.dpo.loss.name} on the rankings",
+    }
+    done = [does[stage] for stage in chain.made]
+    named = [f"{name}: {path}" for name, path in vars(chain.inputs).items() if path is not None]
+    said = [f"Done here: {'; '.join(done) or 'nothing but the comparison'}."]
+    said += [f"Taken as it was: {'; '.join(named)}."] if named else []
+    if chain.evaluate.scorer == "gold":
+        said.append(
+            "The gold reward is the known one of the world, from \N{MINUS SIGN}3 to 3: 2 for a right answer, 1 for "
+            "politeness (\N{MINUS SIGN}1 for rudeness), less 0.1 for each word too many. Nothing was trained on it."
+        )
+    return report.Text("What was done", said)
 
 
 def verdict(found: Measured) -> list[str]:
@@ -106,7 +131,12 @@ def frontier(found: Measured, proxy: bool) -> dict[str, Curve]:
     start = (0.0, found.proxy[BASE] if proxy else base.score, BASE)
     curves: dict[str, Curve] = {}
     for name, trail in found.trails.items():
-        points = [(r.kl.mean, p if proxy else r.score, f"step {step}") for step, r, p in trail if r.kl is not None]
+        # A model that was named is of no step.
+        points = [
+            (r.kl.mean, p if proxy else r.score, f"step {step}" if step else name)
+            for step, r, p in trail
+            if r.kl is not None
+        ]
         curves[name] = [start, *points]
     picked = [(p.kl, p.proxy if proxy or p.gold is None else p.gold, f"n {p.n}") for p in found.best]
     return curves | {"best of n": picked}
@@ -184,7 +214,7 @@ def rollouts(place: epath.Path) -> list[report.Block]:
     whole = [(prompt, [at[step] for step in steps]) for prompt, at in said.items() if {*steps} <= {*at}][:SHOWN]
     if not whole:
         return []
-    note = "The number is what the completion earned, without the price of KL."
+    note = "Of held-out prompts, while PPO trained. The number is what the completion earned, without the price of KL."
     return [report.Samples("PPO's rollouts", [f"step {step}" for step in steps], whole, note)]
 
 

@@ -49,8 +49,9 @@ def _check_stage(chain: Chain, stage: str) -> None:
         )
     if stage == "sft" and not config.data.path:
         raise UserError("there are no demonstrations; give --config.sft.data.path=FILE, or --config.inputs.sft.")
+    one = {"reward.members": min(1, config.reward.members)}  # of an ensemble each is checked as a run alone is
     with named(stage):
-        checks.check(fields.replace(filled(chain, stage, dict.fromkeys(STAGES, "made")), {"reward.members": 1}))
+        checks.check(fields.replace(filled(chain, stage, dict.fromkeys(STAGES, "made")), one))
         if stage == "sft" and not str(config.model.path).startswith(worlds.PREFIX):
             start.find(str(config.model.path))
         for name in worlds.ROWS_IN:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
 from rlhf_jax import fields, run, sweep, worlds
@@ -81,6 +82,11 @@ def train(chain: Chain, workdir: str) -> Products | None:
     """
     if not workdir:
         raise UserError("--workdir is empty; give the folder that the chain writes to.")
+    if jax.process_count() > 1:
+        raise UserError(
+            f"a chain runs on one process, and here are {jax.process_count()}; run its stages there one by one, with "
+            "python -m experiments.train, and name what they leave in --config.inputs.*."
+        )
     place = epath.Path(os.path.expanduser(workdir))
     checks.check(chain)
     checks.check_made(chain)

@@ -329,6 +329,14 @@ def gold(
     return [judge(_last(prompt, "user"), _last(answer, "assistant")).total for prompt, answer in pairs]
 
 
+def right(
+    prompts: Sequence[str | Sequence[Any]], completions: Sequence[str | Sequence[Any]], **columns: Any
+) -> list[float]:
+    """1 for each completion that is wholly right, its steps too, else 0: what a program can verify. As `gold`."""
+    pairs = zip(prompts, completions, strict=True)
+    return [float(judge(_last(prompt, "user"), _last(answer, "assistant")).correct == 1) for prompt, answer in pairs]
+
+
 def _last(text: Text | Sequence[Any], speaker: str) -> str:
     if isinstance(text, str):
         return text

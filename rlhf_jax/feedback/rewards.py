@@ -23,7 +23,7 @@ from rlhf_jax.feedback import verifiable
 # other columns of the prompts' rows, lists as long as prompts. An `async def` of the same form is called once an
 # answer, with lists of one.
 RewardFunction = Callable[..., Any]
-REWARD_FUNCTIONS: dict[str, RewardFunction] = {"gold": world.gold, **verifiable.REWARDS}
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {"gold": world.gold, "right": world.right, **verifiable.REWARDS}
 
 
 @dataclasses.dataclass(frozen=True)

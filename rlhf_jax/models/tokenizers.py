@@ -1,6 +1,7 @@
-"""The tokenizer that belongs to a model."""
+"""The tokenizer that belongs to a model, and one that is made from texts."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -30,3 +31,22 @@ def load_tokenizer(folder: epath.Path) -> Any:
             f"{folder} holds no tokenizer that transformers can read ({reason}); "
             "give one with --config.model.tokenizer=FOLDER."
         ) from error
+
+
+def make_tokenizer(texts: Sequence[str], size: int) -> Any:
+    """A byte-level tokenizer of `size` tokens made from texts, with the tokens <|start|> and <|end|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
+    )

@@ -41,7 +41,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 from rlhf_jax.algorithms import parts, preference, reward
-from rlhf_jax.algorithms.completions import REFERENCE, completion_sums
+from rlhf_jax.algorithms.completions import REFERENCE, completion_sums, say
 from rlhf_jax.losses import LOSSES, SUMS
 from rlhf_jax.losses import preference as P
 from rlhf_jax.losses import unpaired as U
@@ -192,7 +192,7 @@ def ours(data: Draw, name: str, beta: float, change: Any = preference.Preference
         batch |= {"mask": mask, "weight": jnp.ones(len(mask)), "labels": jnp.tile(jnp.eye(1, 2), (len(mask), 1))}
         batch |= {column: completion_sums(flat(data.ref), batch, column == "ref_shared") for column in REFERENCE}
         stats = TokenStats(flat(logprobs * data.mask), log_sum_sq=flat(data.sum_sq))
-        batch |= preference._partners(preference.say(stats, batch))
+        batch |= preference._partners(say(stats, batch))
         model: Any = SimpleNamespace(shape=SimpleNamespace(experts=None), token_stats=lambda *_, want: stats)
         return preference.make_judge(model, [part], change)(0, None, hyper, batch, jnp.zeros(2))[2]["loss"]
 

@@ -198,6 +198,9 @@ class Score:
                 "lower --config.data.length or give another reward model."
             )
         self._functions = _functions(config) if config.functions else None
+        self._columns = tuple(dict.fromkeys(name for example in begun.examples for name in example.columns))
+        if self._functions is not None:  # whether they can be called at all is told before anything is drawn
+            self._functions([], [], {name: [] for name in self._columns})
         self.names = (*((MODEL,) if model is not None else ()), *config.functions)
 
     def __call__(self, batch: Batch) -> Scores:
@@ -210,7 +213,7 @@ class Score:
             applies.append(np.ones((int(real.sum()), 1), bool))
             weights.append([self._config.model_weight])
         if self._functions is not None:
-            told = self._functions(*_apart(said))
+            told = self._functions(*self._apart(said))
             rewards, applies, weights = [*rewards, told.rewards], [*applies, told.applies], [*weights, told.weights]
         shape = len(real), len(self.names)
         spread = np.zeros(shape, np.float32), np.zeros(shape, bool)
@@ -232,14 +235,20 @@ class Score:
             said.append((self._asked[int(index[row])], self._text(prompt, completion)))
         return said
 
+    def _apart(self, said: Sequence[tuple[dataset.Example, str]]) -> tuple[list[Text], list[str], dict[str, list[Any]]]:
+        """Prompts, completions, and the columns that any row has; None where a prompt's hasn't one."""
+        columns = {name: [example.columns.get(name) for example, _ in said] for name in self._columns}
+        return [example.text for example, _ in said], [text for _, text in said], columns
+
     def shown(self, batch: Batch) -> list[dict[str, Any]]:
         """The first rollouts of a prepared batch as they read, with what they earned."""
-        columns = {name: sharding.fetch(jnp.asarray(batch[name])) for name in ("score", "sequence_kl")}
+        told = {"score": "score"} | ({"kl": "sequence_kl"} if "ref_logprobs" in batch else {})
+        columns = {name: sharding.fetch(jnp.asarray(batch[column])) for name, column in told.items()}
         real = np.flatnonzero(sharding.fetch(batch["weight"]) > 0)
         rows = []
         for (example, text), row in list(zip(self.texts(batch), real, strict=True))[:SHOWN]:
             prompt = example.text if isinstance(example.text, str) else example.text[-1].content
-            numbers = {"score": float(columns["score"][row]), "kl": float(columns["sequence_kl"][row])}
+            numbers = {name: float(column[row]) for name, column in columns.items()}
             rows.append({"row": example.where, "prompt": prompt, "completion": text, **numbers})
         return rows
 
@@ -260,13 +269,6 @@ class Score:
         ]
         rows = self._model.encode(prompts, completions)
         return self._model.scores([row.ids for row in rows])
-
-
-def _apart(said: Sequence[tuple[dataset.Example, str]]) -> tuple[list[Text], list[str], dict[str, list[Any]]]:
-    """Prompts, completions, and the columns of the prompts' rows; None where a row hasn't one."""
-    names = dict.fromkeys(name for example, _ in said for name in example.columns)
-    columns = {name: [example.columns.get(name) for example, _ in said] for name in names}
-    return [example.text for example, _ in said], [text for _, text in said], columns
 
 
 def _agreed(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ GENERAL = Config(
     loss=Loss(name="dapo"),
     rollout=RolloutConfig(max_new_tokens=1024, samples=16, minibatches=16),
     group=GroupConfig(overlong=256, rounds=3),
-    optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup=20, weight_decay=0.1),
+    optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant", warmup=320, weight_decay=0.1),
     train=Train(batch_size=512),
 )
 

@@ -13,7 +13,7 @@ from rlhf_jax.config import Config, Loss, OptimizerConfig, Train
 GENERAL = Config(
     algorithm="group",
     loss=Loss(name="dr_grpo", length=1024.0),
-    rollout=RolloutConfig(max_new_tokens=1024, samples=8),
+    rollout=RolloutConfig(max_new_tokens=1024, samples=8, minibatches=8),
     group=GroupConfig(baseline=Baseline(name="dr_grpo")),
     optimizer=OptimizerConfig(learning_rate=1e-6, schedule="constant"),
     train=Train(batch_size=128),

@@ -13,7 +13,7 @@ from rlhf_jax.config import Config, Loss, OptimizerConfig, Train
 GENERAL = Config(
     algorithm="group",
     loss=Loss(name="grpo"),
-    rollout=RolloutConfig(max_new_tokens=1024, samples=16),
+    rollout=RolloutConfig(max_new_tokens=1024, samples=16, minibatches=16),
     group=GroupConfig(baseline=Baseline(name="grpo"), kl=0.001),
     optimizer=OptimizerConfig(learning_rate=3e-6, schedule="constant"),
     train=Train(batch_size=512),

@@ -17,7 +17,7 @@ GENERAL = Config(
     loss=Loss(name="ppo"),
     rollout=RolloutConfig(max_new_tokens=1000, epochs=1, minibatches=8),
     ppo=PpoConfig(kl=0.02, missing_end="subtract", missing_end_score=0.0, pretrain_weight=27.8),
-    optimizer=OptimizerConfig(learning_rate=9e-6, schedule="constant", warmup=10, b2=0.95),
+    optimizer=OptimizerConfig(learning_rate=9e-6, schedule="constant", warmup=80, b2=0.95),
     train=Train(batch_size=64),
 )
 

@@ -13,10 +13,10 @@ from rlhf_jax.config import Config, Loss, OptimizerConfig, Train
 GENERAL = Config(
     algorithm="ppo",
     loss=Loss(name="ppo"),
-    rollout=RolloutConfig(max_new_tokens=53, temperature=0.7, epochs=4, minibatches=4),
+    rollout=RolloutConfig(max_new_tokens=53, temperature=0.7, epochs=4),
     ppo=PpoConfig(kl=0.05),
     optimizer=OptimizerConfig(learning_rate=3e-6, schedule="linear", eps=1e-5),
-    train=Train(batch_size=128),
+    train=Train(batch_size=512, microbatches=8),
 )
 VARIANTS = {
     "default": GENERAL,

@@ -24,6 +24,7 @@ from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.ops.layout import Layout
+from rlhf_jax.workdir import open_rewards
 
 T = TypeVar("T")
 
@@ -164,13 +165,11 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
         ("model", config.algorithm, config.model, config.lora, config.mesh), lambda: _model(config, mesh)
     )
     length, most = _lengths(config, model, chosen.reads)
-    tokenizer, encoder = memory.get(("encoder", config.model, config.data), lambda: _encoder(config, found))
-    form = cast(Any, chosen.reads.form)
-    rows = memory.get(
-        ("rows", config.model, config.data, form, most), lambda: dataset.read(config.data, encoder, form, most)
-    )
+    read, form = (config.algorithm, config.model, config.data), cast(Any, chosen.reads.form)
+    tokenizer, encoder = memory.get(("encoder", *read), lambda: _encoder(config, found))
+    rows = memory.get(("rows", *read, form, most), lambda: dataset.read(config.data, encoder, form, most))
     split_seed = config.seed if config.data.split_seed is None else config.data.split_seed
-    which = config.model, config.data, form, most, split_seed
+    which = *read, form, most, split_seed
     data = memory.get(("split", *which), lambda: dataset.split(rows, config.data, split_seed))
     _check_data(data, model, chosen)
     if config.reward.head != "zero" and config.model.init == "checkpoint" and start.scores(found):
@@ -187,7 +186,10 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     steps = config.train.steps or -(-len(loader.rows) // size) * _updates(config, chosen.reads)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
     begun = surround.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
-    around = surround.surround(config, begun) if form == "prompt" else None
+    opened = lambda path, flag: memory.get(
+        ("rewards", path, config.mesh), lambda: open_rewards(path, mesh=mesh, flag=flag)
+    )  # fmt: skip
+    around = surround.surround(config, begun, opened) if form == "prompt" else None
     return Built(
         config, workdir, mesh, model, found, tokenizer, data, held_out, demonstrations, loader, chosen.parts,
         chosen.reads, make_optimizer(steps), hyper, steps, around,
@@ -273,7 +275,10 @@ def _model(config: Config, mesh: Mesh) -> tuple[start.Start, Model]:
 def _encoder(config: Config, found: start.Start) -> tuple[Any, Encoder]:
     """The tokenizer, and how it is used."""
     tokenizer, data = load_tokenizer(tokenizer_folder(found, config.model.tokenizer)), config.data
-    return tokenizer, Encoder(tokenizer, data.chat_template, train_on=data.train_on, special=data.special)
+    writes = ALGORITHMS[config.algorithm].HEAD == "words"
+    return tokenizer, Encoder(
+        tokenizer, data.chat_template, train_on=data.train_on, special=data.special, trailing=writes
+    )  # fmt: skip
 
 
 def _check_data(data: dataset.Dataset, model: Model, chosen: objective.Chosen) -> None:

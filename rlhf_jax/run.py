@@ -92,7 +92,7 @@ def begin(built: Built) -> None:
         part.write_text(json.dumps(fields.to_dict(built.config), indent=2) + "\n")
         part.replace(place / "config.json")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
-    if built.model.adapter is not None:
+    if built.model.adapter is not None or built.refers:  # checkpoints don't hold what the policy is held against
         check_base(place, built.start, write=main)
 
 
@@ -270,6 +270,7 @@ class Run:
     def _train(self) -> list[Result]:
         built, config = self.built, self.built.config
         feed, queue = self._feed(), iter(self.pending)
+        self.pending = []  # so that what is done with isn't kept
         step, last = int(np.max(jax.device_get(self.state.step))), None
         if step == 0:
             self._evaluate(0)

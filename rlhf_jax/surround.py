@@ -1,5 +1,6 @@
 """What learning from rollouts needs around it: the sampler, the rewards, what the value begins as, text beside."""
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,11 +31,14 @@ from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Completion, Sampler
-from rlhf_jax.workdir import end_ids, open_rewards
+from rlhf_jax.workdir import Policy, end_ids
 
 VALUE = INIT + 1000  # purpose of a value's random weights, where the policy's are random too
 SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
 MODEL = "model"  # the name of the reward model's score beside those of functions
+
+
+Open = Callable[[str, str], Sequence[Policy]]  # path and flag of reward models -> the members
 
 
 class Start(NamedTuple):
@@ -97,14 +101,15 @@ class Online(NamedTuple):
         return batch
 
 
-def surround(config: Config, begun: Start) -> Online:
+def surround(config: Config, begun: Start, opened: Open) -> Online:
     """Opens reward models and whatever the value begins as.
 
+    Args: opened: gives what a path holds, the same for the same path.
     Errors: UserError for whatever the user can mend.
     """
     rewards, rollout = config.rewards, config.rollout
-    model = _reward_model(rewards, begun) if rewards.model is not None else None
-    value_model, value = _value(config, begun, model)
+    model = _reward_model(rewards, opened) if rewards.model is not None else None
+    value_model, value = _value(config, begun, model, opened)
     return Online(
         Models(begun.model, value_model), value, Draw(begun, rollout), Score(begun, rewards, model),
         _pretrain(config, begun), rollout,
@@ -289,13 +294,18 @@ def _answer_scores(model: Model, params: Any, batch: Batch) -> jax.Array:
 # ---- models
 
 
-def _reward_model(config: RewardsConfig, begun: Start) -> Rewards:
-    members = open_rewards(str(config.model), mesh=begun.mesh, flag="--config.rewards.model")
+def _reward_model(config: RewardsConfig, opened: Open) -> Rewards:
+    members = opened(str(config.model), "--config.rewards.model")
+    if len(members) == 1 and config.how != "mean":
+        raise UserError(
+            f"--config.rewards.how={config.how} is of the members of an ensemble, and {config.model} holds one model; "
+            "drop it."
+        )
     subjects = [Subject("reward", one.model, one.params, one.tokenizer, one.end_ids) for one in members]
     return Rewards(f"the reward model {config.model}", subjects, how=config.how, lam=config.lam)
 
 
-def _value(config: Config, begun: Start, reward: Rewards | None) -> tuple[Model | None, Value | None]:
+def _value(config: Config, begun: Start, reward: Rewards | None, opened: Open) -> tuple[Model | None, Value | None]:
     """The value model and its start; no model for a second head, nothing at all where there's none."""
     if config.algorithm != "ppo":
         return None, None
@@ -305,7 +315,7 @@ def _value(config: Config, begun: Start, reward: Rewards | None) -> tuple[Model 
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return None, Value(shapes, jax.jit(zeros, out_shardings=sharding.param_shardings(shapes, mesh)))
     if section.value_path is not None or reward is not None:
-        first = _first(section.value_path, begun, reward)
+        first = _first(section.value_path, opened, reward)
         if Encoder(first.tokenizer).fingerprint != begun.encoder.fingerprint:
             raise UserError(
                 "the value can't begin as a reward model with another tokenizer than the policy's; give another "
@@ -316,7 +326,10 @@ def _value(config: Config, begun: Start, reward: Rewards | None) -> tuple[Model 
                 f"rows may have {begun.length} tokens and the value's context is {first.model.shape.length}; "
                 "lower --config.data.length or give --config.ppo.value=head."
             )
-        return first.model, Value(first.model.shapes(), lambda: jax.tree.map(jnp.copy, first.params))
+        # Trained as this run computes, whatever the reward model was computed with.
+        model = dataclasses.replace(first.model, numerics=config.model.numerics())
+        same = lambda x, shape: jnp.array(x, shape.dtype)  # a copy: the step donates it
+        return model, Value(model.shapes(), lambda: jax.tree.map(same, first.params, model.shapes()))
     model = start.describe(begun.found, config.model.numerics(), Layout(mesh), "score")
     sharding.check_divides(model, mesh)
     if config.model.init == "checkpoint":
@@ -326,13 +339,13 @@ def _value(config: Config, begun: Start, reward: Rewards | None) -> tuple[Model 
     return model, Value(model.shapes(), lambda: jax.jit(model.init, out_shardings=places)(key))
 
 
-def _first(path: str | None, begun: Start, reward: Rewards | None) -> Subject:
+def _first(path: str | None, opened: Open, reward: Rewards | None) -> Subject:
     """The model that the value begins as."""
     if path is None:
         assert reward is not None
         return reward.members[0]
-    opened = open_rewards(path, mesh=begun.mesh, flag="--config.ppo.value_path")[0]
-    return Subject("value", opened.model, opened.params, opened.tokenizer, opened.end_ids)
+    one = opened(path, "--config.ppo.value_path")[0]
+    return Subject("value", one.model, one.params, one.tokenizer, one.end_ids)
 
 
 # ---- text beside

@@ -175,7 +175,7 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
 
 
 def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> None:
-    """Holds a run of an adapter to the weights that it was started on, which its checkpoints don't hold.
+    """Holds a run of an adapter, or of rollouts, to the weights it was started on, which its checkpoints don't hold.
 
     Args:
       write: note them if the folder has no note yet.
@@ -184,8 +184,8 @@ def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> 
     note, own = workdir / "base", start.identity(found)
     if note.exists() and note.read_text() != own:
         raise UserError(
-            f"the weights in {found.folder} are not those that {str(workdir)!r} was started on, and its adapter means "
-            "nothing without them; put them back or give another --workdir."
+            f"the weights in {found.folder} are not those that {str(workdir)!r} was started on, and what it learnt "
+            "means nothing without them; put them back or give another --workdir."
         )
     if write and not note.exists():
         note.write_text(own)

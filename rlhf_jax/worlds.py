@@ -158,16 +158,16 @@ def on(config: Config, name: str) -> Config:
 
 def on_prompts(config: Config, name: str, reward: str = "gold") -> Config:
     """The same experiment of rollouts, short, on the prompts of a start that is made here, scored by a function."""
-    base = on(config, name)
+    base, pieces = on(config, name), min(config.rollout.minibatches, 4)
+    rollout = dataclasses.replace(config.rollout, max_new_tokens=24, temperature=1.0, minibatches=pieces)
     return dataclasses.replace(
-        base,
+        base, rollout=rollout,
         data=dataclasses.replace(base.data, length=None, pack=False),
-        rollout=dataclasses.replace(config.rollout, max_new_tokens=24, temperature=1.0),
         rewards=RewardsConfig(functions=(reward,)),
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="linear"),
-        train=Train(steps=20 * config.rollout.updates, batch_size=64 // config.rollout.minibatches),
-        evaluate=Evaluate(every=10 * config.rollout.updates, rows=128),
-    )
+        train=Train(steps=20 * rollout.updates, batch_size=64 // pieces),
+        evaluate=Evaluate(every=10 * rollout.updates, rows=128),
+    )  # fmt: skip
 
 
 def provide(config: Config, train: TrainFunction) -> Config:

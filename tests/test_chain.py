@@ -255,7 +255,7 @@ REFUSED = [
     ({"labels.scale": 2.0}, "--config.labels.by=world does not read --config.labels.scale; drop it"),
     ({"labels.by": "people"}, "--config.labels.by=people does not read --config.labels.rankings; drop it"),
     ({"labels.by": "gold", "labels.labellers": 4}, "--config.labels.by=gold does not read --config.labels.labellers"),
-    ({"labels.by": "golden"}, "there is no scorer 'golden'; the nearest is 'gold'"),
+    ({"labels.by": "golden"}, "there is no way to rank 'golden'; the nearest is 'gold'"),
     ({"labels.sampling.temperature": 0.0}, "would be the same; give a --config.labels.sampling.temperature above 0"),
     ({"labels.sampling.top_p": 0.0}, "--config.labels.sampling.top_p=0.0 is not allowed"),
     ({"evaluate.best_of": 1}, "--config.evaluate.best_of=1 is not allowed; it must be at least 2"),

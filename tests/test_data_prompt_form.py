@@ -229,6 +229,19 @@ def test_tools_on_offer_stand_in_the_prompt_or_the_row_is_refused(read, encoders
     assert where.endswith(":2") and "leaves out the tools on offer" in why and report.train == 1
 
 
+def test_a_row_that_is_scored_ends_where_a_sampled_answer_ends(shared):
+    """ChatML writes a newline behind the end-of-turn token, which no completion has."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / PLACES["chat"])
+    written, scored = (
+        Encoder(tokenizer, str(TEMPLATES / "chatml.jinja"), trailing=trailing) for trailing in (True, False)
+    )
+    prompt, answer = turns("user"), (Message("assistant", "Good day."),)
+    whole, cut = (one.encode(tuple(Message(**turn) for turn in prompt), answer) for one in (written, scored))
+    assert len(cut) < len(whole) and cut.mask[-1] and cut.ids[-1] in written.stop_ids()
+    np.testing.assert_array_equal(cut.ids, whole.ids[: len(cut)])
+    np.testing.assert_array_equal(cut.mask, whole.mask[: len(cut)])
+
+
 def test_a_tied_ranking_still_has_its_prompt(read):
     assert asked(read([{"prompt": "Q", "completions": ["A", "B"], "ranks": [1, 1]}])) == ["Q"]
 

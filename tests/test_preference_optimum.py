@@ -18,7 +18,7 @@ from rlhf_jax.losses.preference import Pair, dpo
 from tests.test_ppo import key
 from tests.test_rollouts import ACTIONS, Tables, tables
 
-PAIRS, ROWS, EPOCHS = 100_000, 2_000, 12  # pairs of each table, rows of an update
+PAIRS, ROWS, EPOCHS = 100_000, 5_000, 12  # pairs of each table, rows of an update
 PART = Part("dpo", dpo, Pair, {"divergence": "reverse_kl"})
 
 
@@ -81,7 +81,7 @@ def test_dpo_reaches_the_optimum_from_pairs_of_the_reference(beta):
     """
     (rewards, logits), (optimizer, prepare, step) = tables(), learner()
     rates = {
-        "learning_rate": 0.05 / beta,
+        "learning_rate": 0.1 / beta,
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,
@@ -100,6 +100,5 @@ def test_dpo_reaches_the_optimum_from_pairs_of_the_reference(beta):
         said = [rewards[number, :count], likeliest(number)]
         best, likely = (reference[number, :count] * np.exp(r / beta) for r in said)
         distance = [0.5 * np.abs(found[number, :count] - p / p.sum()).sum() for p in (best, likely)]
-        assert distance[1] < 0.005, (count, distance)
+        assert distance[1] < 0.01, (count, distance)
         assert distance[0] < (0.02 if beta == 1 else 0.06), (count, distance)
-        print(count, beta, distance)

@@ -124,6 +124,13 @@ def check(config: PpoConfig, rollout: RolloutConfig) -> None:
     """Errors: UserError for settings that mean nothing together."""
     if config.value == "head" and config.value_path is not None:
         raise UserError("ppo.value=head is a new head of the policy and would ignore --config.ppo.value_path; drop it.")
+    if config.kl_target is not None and config.kl == 0:
+        raise UserError("a price that adapts is multiplied, and --config.ppo.kl=0 stays 0; give a first one above 0.")
+    if config.stop_kl is not None and rollout.updates == 1:
+        raise UserError(
+            "--config.ppo.stop_kl ends a rollout before its last update, and it has one; raise --config.rollout.epochs "
+            "or --config.rollout.minibatches, or drop it."
+        )
     if config.kl_target is None and config.kl_horizon != PpoConfig.kl_horizon:
         raise UserError("--config.ppo.kl_horizon would be ignored: the price stays; give --config.ppo.kl_target too.")
     if not config.pretrain and config.pretrain_weight != PpoConfig.pretrain_weight:

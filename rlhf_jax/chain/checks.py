@@ -17,16 +17,19 @@ from rlhf_jax.workdir import open_policy, open_rewards
 TRAINED = {"sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "preference"}  # each stage's algorithm
 
 
+GOLD = "gold"  # the scorer that is of the world
+
+
 def check(chain: Chain) -> None:
     """All that can be checked before anything is made. Errors: UserError for whatever the user can mend."""
+    if {"labels", "ppo"} & {*chain.made}:
+        _check_prompts(chain.prompts, "--config.prompts")
     for stage in chain.made:
         if stage != "labels":
             _check_stage(chain, stage)
     if "labels" in chain.made:
         _check_labels(chain.labels)
     _check_evaluation(chain.evaluate)
-    if {"labels", "ppo"} & {*chain.made}:
-        _check_prompts(chain.prompts, "--config.prompts")
     _check_prompts(chain.evaluate.prompts, "--config.evaluate.prompts")
     _check_inputs(chain.inputs)
 
@@ -80,7 +83,7 @@ def _check_labels(labels: Labels) -> None:
         if name not in reads and getattr(labels, name) != getattr(Labels(), name):
             raise UserError(f"--config.labels.by={labels.by} does not read --config.labels.{name}; drop it.")
     if labels.by not in (WORLD, PEOPLE):
-        registry.resolve(SCORERS, labels.by, "scorer")
+        registry.resolve({WORLD: None, PEOPLE: None, **SCORERS}, labels.by, "way to rank")
 
 
 def _check_evaluation(section: Evaluation) -> None:
@@ -132,8 +135,10 @@ def check_made(chain: Chain) -> None:
     if chain.inputs.labels is not None:
         local(chain, chain.inputs.labels)
     trained = asked(chain, chain.prompts, None, "--config.prompts") if {"labels", "ppo"} & {*chain.made} else []
-    if "labels" in chain.made and chain.labels.by == WORLD:
-        _check_world(trained[: chain.labels.rows])
+    if "labels" in chain.made and chain.labels.by in (WORLD, GOLD):
+        _check_world(trained[: chain.labels.rows], "labels.by", PEOPLE)
+    if chain.evaluate.scorer == GOLD:
+        _check_world(evaluated(chain), "evaluate.scorer", "none")
     held_out = {one.text: one.where for one in evaluated(chain)}
     for one in trained:
         if one.text in held_out:
@@ -143,14 +148,14 @@ def check_made(chain: Chain) -> None:
             )
 
 
-def _check_world(trained: list[prompts.Asked]) -> None:
-    for one in trained:
+def _check_world(asked: list[prompts.Asked], field: str, instead: str) -> None:
+    for one in asked:
         try:
             world.parse(rankings.question_of(one.text))
         except UserError:
             raise UserError(
-                f"{one.where} is no prompt of the synthetic world, whose people rank answers to no others; give "
-                f"--config.labels.by={PEOPLE} to leave the ranks to people, or a scorer, my_pkg.module:function."
+                f"{one.where} is no prompt of the synthetic world, whose people and gold judge answers to no others; "
+                f"give --config.{field}={instead}, or a scorer, my_pkg.module:function."
             ) from None
 
 

@@ -85,12 +85,15 @@ class Encoder:
         *,
         train_on: TrainOn = "all",
         special: Special = "text",
+        trailing: bool = True,
     ):
         """Args:
           tokenizer: of transformers, with a tokenizer.json behind it. It is not changed.
           chat_template: path of a Jinja file used in the place of the tokenizer's own template.
           train_on: every assistant turn of a row's messages, or the last.
           special: what special tokens written out in strings are; in messages they always stay text.
+          trailing: False leaves out what a template writes behind the last trained token: a score is read at a row's
+            end, and a sampled answer ends at that token.
         Raises: UserError for a tokenizer without a `tokenizer.json`, or a template file that isn't there.
         """
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -116,6 +119,7 @@ class Encoder:
         self._bos = tokenizer.bos_token if self._adds_bos else ""
         self._eos = tokenizer.eos_token or ""
         self._special: Special = special
+        self._trailing = trailing
         self._added = {token["content"]: token["id"] for token in state["added_tokens"]}
         parts = [state, source, self.bos_id, self.eos_id, self._adds_bos]
         self.fingerprint: str = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -307,6 +311,9 @@ class Encoder:
         mask[:1] = False
         if not mask.any():
             return Refusal("no token is left to train")
+        if not self._trailing:
+            end = len(ids) - int(mask[::-1].argmax())
+            ids, mask = ids[:end], mask[:end]
         if steps and (bad := check_steps(steps)):
             return bad
         return Tokens(np.asarray(ids, np.int32), mask, self._head(ids), np.asarray(steps[1:], np.int32) - 1)

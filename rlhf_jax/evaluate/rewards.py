@@ -80,7 +80,7 @@ class Rewards:
           chat_template: Jinja file in the place of the tokenizers' own.
         Errors: UserError for members whose tokenizers differ.
         """
-        encoders = [Encoder(member.tokenizer, chat_template) for member in members]
+        encoders = [Encoder(member.tokenizer, chat_template, trailing=False) for member in members]
         if len({encoder.fingerprint for encoder in encoders}) > 1:
             raise UserError(f"the members of {name} have different tokenizers, so their scores can't be combined.")
         self.name, self.members, self.encoder = name, tuple(members), encoders[0]

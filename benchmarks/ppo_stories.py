@@ -48,7 +48,7 @@ from rlhf_jax.sampling.sampler import Sampler
 from rlhf_jax.workdir import open_policy, open_rewards
 from rlhf_jax.worlds import open_subject
 
-SEEDS, BATCH, ITERATIONS, RATE = (0, 1, 2, 3), 64, 15, 5e-4
+SEEDS, BATCH, ITERATIONS, RATE = (0, 1, 2, 3), 64, 15, 3e-4
 PRICES, BETAS = {0.05: SEEDS, 0.02: SEEDS[:2], 0.2: SEEDS[:2]}, (0.1, 0.3, 1.0)  # with the seeds of each price
 FRESH, DRAWN = 512, 64  # samples that a model is measured on; of each prompt for the best of n
 USES, MEMBERS, LONGER = 2, 5, 20  # uses of a happy word that still please; iterations
@@ -201,7 +201,7 @@ def _seconds() -> float:
 
 def frontier(study: Study, out: pathlib.Path) -> Row:
     """The first study."""
-    study.prepare(1, 2)
+    study.prepare(1, 3)
     found: Row = {"base": study.base, "spread": study.spread, "ppo": {}, "dpo": {}, "seconds": {}}
     for price, seeds in PRICES.items():
         for seed in seeds:

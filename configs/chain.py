@@ -21,7 +21,7 @@ def on(name: str, steps: tuple[int, ...]) -> Chain:
     shared = {"train.batch_size": 32, "optimizer.schedule": "cosine", "optimizer.warmup": 10, "log.tensorboard": False}
     for stage, count, rate in zip(STAGES, steps, (2e-3, 2e-3, 3e-4, 3e-4), strict=True):
         own = {"train.steps": count, "evaluate.every": count // 4, "checkpoint.every": count // 4}
-        own |= {"optimizer.learning_rate": rate, "checkpoint.keep_last": 4, "evaluate.rows": 200} | shared
+        own |= {"optimizer.learning_rate": rate, "checkpoint.keep_last": 3, "evaluate.rows": 200} | shared
         own |= {} if stage == "ppo" else {"data.length": 56, "data.buckets": (56,)}
         given |= {f"{stage}.{field}": value for field, value in own.items()}
     return fields.replace(Chain(), given | {
@@ -35,7 +35,7 @@ def on(name: str, steps: tuple[int, ...]) -> Chain:
     })  # fmt: skip
 
 
-TINY, SMALL = on("tiny", (160, 60, 80, 60)), on("small", (300, 100, 80, 120))
+TINY, SMALL = on("tiny", (160, 60, 80, 60)), on("small", (200, 60, 60, 80))
 VARIANTS = {"default": fields.replace(Chain(), GENERAL), "tiny": TINY, "small": SMALL}
 
 

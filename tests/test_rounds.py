@@ -132,12 +132,12 @@ def prepared(config: GroupConfig, rewards: np.ndarray, held_out: bool = False) -
     return jax.tree.map(np.asarray, batch), seen
 
 
-def test_advantages_are_of_the_groups_that_stay_and_every_round_has_the_same_key():
+def test_advantages_are_of_the_groups_that_stay_and_every_round_has_a_key_of_its_own():
     """A baseline of the whole batch, in which neither the group that was dropped nor padding has a part."""
     rewards = told.REWARDS.copy()
     rewards[told.SAMPLES : 2 * told.SAMPLES] = 0.3
     batch, seen = prepared(told.of("reinforce_pp", rounds=2), rewards)
-    assert len(seen) == 2 and seen[0] == seen[1] and seen[0][1] == told.GROUPS
+    assert len(seen) == 2 and seen[0][0] != seen[1][0] and seen[0][1] == seen[1][1] == told.GROUPS
     stay = [g for g in range(told.GROUPS) if g != 1]
     columns = [x[stay] for x in told.grouped(rewards, told.ALL)] + [np.float64(told.WEIGHTS)]
     expected = BASELINES64["reinforce_pp"](columns, baseline=False).reshape(-1)

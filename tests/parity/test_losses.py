@@ -40,7 +40,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
-from rlhf_jax.algorithms import parts, preference, reward
+from rlhf_jax.algorithms import group, parts, preference, reward
 from rlhf_jax.algorithms.completions import REFERENCE, completion_sums, say
 from rlhf_jax.losses import LOSSES, SUMS
 from rlhf_jax.losses import preference as P
@@ -388,9 +388,9 @@ NOT_COMPARED = {
 
 
 def test_no_loss_is_left_out() -> None:
-    """A new loss, here or there, must be compared or named; test_trl.py has a reward model's."""
+    """A new loss, here or there, must be compared or named; other files have those of reward models and of policies."""
     compared = [*PAIRS, *(name for name in BARE if name in LOSSES), "orpo", "kto", "kto_zero"]
-    assert sorted([*compared, *NOT_COMPARED, *reward.LOSSES]) == sorted(LOSSES)
+    assert sorted([*compared, *NOT_COMPARED, *reward.LOSSES, *group.LOSSES]) == sorted(LOSSES)
     with pytest.raises(ValueError, match="one of") as of_pairs:
         their_pairs(draw(WIDE), {"none": 1.0}, beta=0.1)
     with pytest.raises(ValueError, match="one of") as bare:

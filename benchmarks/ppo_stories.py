@@ -12,8 +12,8 @@ stories260K writes 64 tokens to the beginnings of stories, as in benchmarks/rewa
     python -m benchmarks.ppo_stories --model=FOLDER --text=FILE --out=FOLDER
     python -m benchmarks.ppo_stories --model=FOLDER --text=FILE --out=FOLDER --studies=frontier
 
-What an earlier call has finished is not done again. Writes results.json, frontier.png and overoptimisation.png, and
-prints the results. Of two cores it takes about an hour.
+What an earlier call has finished is not done again. Writes STUDY.results.json and STUDY.png for each, and prints the
+results.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from rlhf_jax.losses.preference import Pair, dpo
 from tests.test_ppo import key
 from tests.test_rollouts import ACTIONS, Tables, tables
 
-PAIRS, ROWS, EPOCHS = 100_000, 5_000, 12  # pairs of each table, rows of an update
+PAIRS, ROWS, EPOCHS = 100_000, 20_000, 40  # pairs of each table, rows of an update
 PART = Part("dpo", dpo, Pair, {"divergence": "reverse_kl"})
 
 
@@ -101,5 +101,5 @@ def test_dpo_reaches_the_optimum_from_pairs_of_the_reference(beta):
         said = [rewards[number, :count], likeliest(number)]
         best, likely = (reference[number, :count] * np.exp(r / beta) for r in said)
         distance = [0.5 * np.abs(found[number, :count] - p / p.sum()).sum() for p in (best, likely)]
-        assert distance[1] < 0.02, (count, distance)
-        assert distance[0] < 0.02 or beta < 1, (count, distance)
+        assert distance[1] < 0.005, (count, distance)
+        assert distance[0] < (0.02 if beta == 1 else 0.06), (count, distance)

@@ -219,7 +219,7 @@ def test_a_row_that_stands_twice_in_a_rollout_is_answered_twice(place):
     assert again and all((tokens[i] != tokens[j]).any() for i, j in again)
 
 
-def test_each_update_learns_from_text_of_its_own(place):
+def test_each_update_learns_from_text_of_its_own(whole, place):
     text = {"ppo__pretrain": (str(place / "text.jsonl"),), "ppo__pretrain_weight": 0.5}
     started = state_of(place, **text)
     first, second, *_ = started.prepare(started.whole_state, next(started._feed())[1])
@@ -227,14 +227,13 @@ def test_each_update_learns_from_text_of_its_own(place):
         first["pretrain"]["tokens"], second["pretrain"]["tokens"]
     )
     rows = lines(train(place, "beside", **text) / "metrics.jsonl")
-    without = lines(place / "whole" / "metrics.jsonl") if (place / "whole").exists() else None
+    without = lines(whole / "metrics.jsonl")
     assert rows[0]["loss/pretrain"] > 1 and rows[-1]["loss/pretrain"] < rows[0]["loss/pretrain"]
     parts = ("policy", "value", "pretrain")
     weights = (1, 0.1, 0.5)
     expected = sum(w * rows[0][f"loss/{p}"] for p, w in zip(parts, weights, strict=True))
     assert rows[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    if without is not None:
-        assert rows[0]["loss/policy"] == pytest.approx(without[0]["loss/policy"], abs=1e-6)
+    assert rows[0]["loss/policy"] == pytest.approx(without[0]["loss/policy"], abs=1e-6)
 
 
 def test_a_price_that_adapts_and_an_early_stop_are_part_of_the_checkpoint(place):

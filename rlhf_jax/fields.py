@@ -197,10 +197,15 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "", path: st
 
 
 def replace(section: Any, given: Mapping[str, Any], path: str = "") -> Any:
-    """Returns a dataclass instance with other values at dotted paths, those that begin with `path`.
+    """Returns a dataclass instance with other values at the dotted paths of leaves, those that begin with `path`.
 
     All of a section's changes are made at once, so that its own checks see only the values meant.
+    Raises UserError for a path that no leaf has, such as that of a section.
     """
+    known = {leaf.path for leaf in leaves(section, path)}
+    for name in given:
+        if name not in known and name.startswith(f"{path}." if path else ""):
+            raise UserError(f"there is no field {name} to change; the nearest is {nearest(name, known)}.")
     made = {}
     for field in declared(section, path):
         if field.is_section:

@@ -27,7 +27,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.metrics import Log
 from rlhf_jax.models import lora
-from rlhf_jax.sharding import MeshShape
 from rlhf_jax.workdir import open_policy
 from tests import problem, tiny
 from tests import test_group as told
@@ -375,7 +374,7 @@ def test_a_run_that_was_killed_in_a_rollout_goes_on_to_the_same_bits(whole, plac
 
 
 def test_a_mesh_pairs_and_learns_alike(whole, place):
-    several = lines(train(place, "mesh", mesh=MeshShape(2, 2, 2), train__steps=4) / "metrics.jsonl")
+    several = lines(train(place, "mesh", train__steps=4, mesh__data=2, mesh__fsdp=2, mesh__tensor=2) / "metrics.jsonl")
     for one, other in zip(lines(whole / "metrics.jsonl")[:4], several, strict=True):
         for name in ("loss", "objective/score", "pairs/equal", "logps/chosen", "rewards/margins", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name

@@ -22,7 +22,6 @@ from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.rewards import Rewards
 from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.metrics import Log
-from rlhf_jax.sharding import MeshShape
 from rlhf_jax.workdir import load_trained, open_policy, open_rewards
 from tests import rewards, tiny
 from tests.test_reward_runs import config_of as reward_config
@@ -247,7 +246,7 @@ def test_a_price_that_adapts_and_an_early_stop_are_part_of_the_checkpoint(place)
 
 def test_a_mesh_draws_and_learns_alike(whole, place):
     """Sampled tokens are the same, and so every figure but for rounding."""
-    several = lines(train(place, "mesh", mesh=MeshShape(2, 2, 2), train__steps=4) / "metrics.jsonl")
+    several = lines(train(place, "mesh", train__steps=4, mesh__data=2, mesh__fsdp=2, mesh__tensor=2) / "metrics.jsonl")
     for one, other in zip(lines(whole / "metrics.jsonl")[:4], several, strict=True):
         for name in ("loss", "objective/score", "completions/length", "val/loss", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name

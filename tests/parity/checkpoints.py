@@ -111,6 +111,13 @@ CASES: dict[str, Make] = {
 }  # fmt: skip
 
 
+# One of each family with what is special to it, for what doesn't depend on the rest; the logits are of all.
+EACH = (
+    "llama3", "llama-yarn", "mistral", "qwen2-windows", "qwen3-windows", "gemma2", "gemma3", "olmo2", "phi3-longrope",
+    "smollm3-windows", "mixtral", "qwen3-moe-raw", "gpt2", "pythia",
+)  # fmt: skip
+
+
 def draw(model: PreTrainedModel, seed: int = 0) -> None:
     """Draws every parameter anew, in place."""
     generator = torch.Generator().manual_seed(seed)

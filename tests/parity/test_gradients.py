@@ -8,12 +8,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models.decoder import Model, Params
-from tests.parity.checkpoints import load
+from tests.parity.checkpoints import EACH, load
 from tests.parity.sides import Pair, draw_tokens
 
 LENGTH = 40  # beyond every window, and the original length where the rope is stretched
@@ -31,6 +32,7 @@ def _gradient(model: Model, params: Params, tokens: jax.Array) -> Params:
     return jax.grad(loss)(params)
 
 
+@pytest.mark.parametrize("case", EACH, indirect=True, scope="session")
 def test_gradients_agree(ours: Pair, theirs: PreTrainedModel, tmp_path: pathlib.Path) -> None:
     """Ours are written as if they were weights, so that torch reads each under its own name."""
     tokens = draw_tokens(3, LENGTH)

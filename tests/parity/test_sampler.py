@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, PreTrainedModel,
 from rlhf_jax.models.decoder import Params
 from rlhf_jax.sampling.distribution import Sampling, filtered, knobs
 from rlhf_jax.sampling.sampler import Completion, Sampler
-from tests.parity.checkpoints import VOCAB
+from tests.parity.checkpoints import EACH, VOCAB
 from tests.parity.sides import TOLERANCE, Pair
 
 NEW = 24
@@ -85,6 +85,7 @@ def plain(theirs: PreTrainedModel, ours: Pair) -> Expected:
     return _theirs(theirs, ours)
 
 
+@pytest.mark.parametrize("case", EACH, indirect=True, scope="session")
 def test_greedy_completions_are_transformers(ours: Pair, sampler: Sampler, plain: Expected) -> None:
     assert all(len(tokens) == NEW for tokens, _ in plain)
     _agree(_ours(sampler, ours[1]), plain)

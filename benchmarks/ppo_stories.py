@@ -5,9 +5,10 @@ stories260K writes 64 tokens to the beginnings of stories, as in benchmarks/rewa
 - frontier: the true reward is happy words less sad ones. A reward model learns from 4,000 labelled pairs; PPO at three
   prices of the KL, DPO on the same pairs at three betas, and the best of n by the reward model, in one figure of true
   reward against KL. Figures are of 512 samples that no training saw; 4 seeds at the middle price, else 2.
-- overoptimisation: the true reward turns against a happy word that stands more than twice. PPO without a price of the
-  KL, with one, with an early stop, and against the minimum or the mean less the variance of five reward models: what
-  the proxy and the true reward do, iteration by iteration, on 3 seeds, and on 2 of each remedy.
+- overoptimisation: the true reward turns against a happy word that stands more than twice. PPO at a rate that doesn't
+  fall, without a price of the KL, with one, with an early stop, and against the minimum or the mean less the variance
+  of five reward models: what the proxy and the true reward do, iteration by iteration, on 3 seeds, and on 2 of each
+  remedy.
 
     python -m benchmarks.ppo_stories --model=FOLDER --text=FILE --out=FOLDER
     python -m benchmarks.ppo_stories --model=FOLDER --text=FILE --out=FOLDER --studies=frontier
@@ -49,14 +50,14 @@ from rlhf_jax.workdir import open_policy, open_rewards
 from rlhf_jax.worlds import open_subject
 
 SEEDS, BATCH, ITERATIONS, RATE = (0, 1, 2, 3), 64, 15, 3e-4
-PRICES, BETAS = {0.05: SEEDS, 0.02: SEEDS[:2], 0.2: SEEDS[:2]}, (0.1, 0.3, 1.0)  # with the seeds of each price
+PRICES, BETAS = {0.02: SEEDS[:2], 0.05: SEEDS, 0.2: SEEDS[:2]}, (0.1, 0.3, 1.0)  # with the seeds of each price
 FRESH, DRAWN = 512, 64  # samples that a model is measured on; of each prompt for the best of n
 USES, MEMBERS, LONGER = 2, 5, 20  # uses of a happy word that still please; iterations
 # The reward models, and what a run has otherwise than one without a price.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "no price": (1, {}),
     "price 0.05": (1, {"ppo.kl": 0.05}),
-    "early stop": (1, {"ppo.stop_kl": 0.01}),
+    "early stop": (1, {"ppo.stop_kl": 0.0005}),
     "minimum of 5": (MEMBERS, {"rewards.how": "minimum"}),
     "mean less variance of 5": (MEMBERS, {"rewards.how": "mean_less_variance", "rewards.lam": 1.0}),
 }
@@ -64,9 +65,9 @@ Row = dict[str, Any]
 
 
 def turning(text: str) -> int:
-    """Happy words less sad ones, less twice the uses of a happy word beyond two."""
+    """Happy words less sad ones, less three times the uses of a happy word beyond two."""
     words = collections.Counter(re.findall(r"[a-z]+", text.lower()))
-    return gold(text) - 2 * sum(max(0, words[word] - USES) for word in HAPPY)
+    return gold(text) - 3 * sum(max(0, words[word] - USES) for word in HAPPY)
 
 
 def happy_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
@@ -238,7 +239,7 @@ def overoptimisation(study: Study, out: pathlib.Path) -> Row:
     for kind, (members, changes) in KINDS.items():
         for seed in SEEDS[: 2 if changes else 3]:
             name = f"{kind.replace(' ', '_')}-{seed}"
-            study.ppo(name, seed, LONGER, members, **changes)
+            study.ppo(name, seed, LONGER, members, **{"optimizer.schedule": "constant"} | changes)
             found["runs"].setdefault(kind, []).append(told(study, name))
             true, kl = (found["runs"][kind][-1][what] for what in ("gold", "kl"))
             print(name, f"peak {max(true):.2f}, last {true[-1]:.2f}, KL {kl[-1]:.1f}", flush=True)

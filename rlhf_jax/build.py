@@ -24,7 +24,7 @@ from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.ops.layout import Layout
-from rlhf_jax.workdir import open_rewards
+from rlhf_jax.workdir import open_policy, open_rewards
 
 T = TypeVar("T")
 
@@ -186,9 +186,10 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     steps = config.train.steps or -(-len(loader.rows) // size) * _updates(config, chosen.reads)
     hyper = {**chosen.hyper, "optimizer": rates, **_balance(config, model)}
     begun = surround.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
-    opened = lambda path, flag: memory.get(
-        ("rewards", path, config.mesh), lambda: open_rewards(path, mesh=mesh, flag=flag)
-    )  # fmt: skip
+    opened = surround.Open(
+        lambda path, flag: memory.get(("rewards", path, config.mesh), lambda: open_rewards(path, mesh=mesh, flag=flag)),
+        lambda path, flag: memory.get(("policy", path, config.mesh), lambda: open_policy(path, mesh=mesh, flag=flag)),
+    )
     around = surround.surround(config, begun, opened) if form == "prompt" else None
     return Built(
         config, workdir, mesh, model, found, tokenizer, data, held_out, demonstrations, loader, chosen.parts,

@@ -5,6 +5,7 @@ with its size and is written last: a kill at any moment leaves the one before.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
@@ -112,6 +113,17 @@ class Checkpoints:
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in sorted(folder.iterdir()):
         yield from _files(path) if path.is_dir() else (path,)
+
+
+def digest(folder: epath.Path) -> str:
+    """A hash of every file below a folder, names and bytes, hex."""
+    found = hashlib.blake2b(digest_size=16)
+    for file in _files(folder):
+        found.update(str(file.relative_to(folder)).encode())
+        with file.open("rb") as stream:
+            while part := stream.read(2**24):
+                found.update(part)
+    return found.hexdigest()
 
 
 def is_sealed(folder: epath.Path) -> bool:

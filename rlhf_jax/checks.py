@@ -69,12 +69,17 @@ ALLOWED: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 0 and below 0.5": (lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
     "from 0 to 4294967295": (lambda x: 0 <= x < 2**32, ("seed",)),
 }  # fmt: skip
+# What is allowed in the place of that, where a loss means something else by the field.
+OF_LOSS: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
+    ("jsd", "loss.beta"): ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
 
 
 def _check_values(config: Config) -> None:
     """Errors: UserError naming the first field whose value means nothing, and what is allowed."""
     finite = "finite", math.isfinite
     rules = {name: (says, test) for says, (test, names) in ALLOWED.items() for name in names}
+    rules |= {field: rule for (loss, field), rule in OF_LOSS.items() if loss == config.loss.name}
     for leaf in fields.leaves(config):
         several = leaf.value if isinstance(leaf.value, tuple) else (leaf.value,)
         numbers = [x for x in several if isinstance(x, int | float) and not isinstance(x, bool)]

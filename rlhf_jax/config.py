@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Annotated, Literal
 
+from rlhf_jax.algorithms.distill import DistillConfig
 from rlhf_jax.algorithms.group import GroupConfig
+from rlhf_jax.algorithms.nash import NashConfig
 from rlhf_jax.algorithms.online import OnlineConfig
 from rlhf_jax.algorithms.optimizers import OPTIMIZERS
 from rlhf_jax.algorithms.ppo import PpoConfig
@@ -92,7 +94,7 @@ class Config:
 
     seed: Annotated[int, "of the rows' order, the held-out split and random weights"] = 0
     algorithm: Annotated[
-        Literal["sft", "preference", "reward", "ppo", "group", "online", "rejection"], "what learns"
+        Literal["sft", "preference", "reward", "ppo", "group", "online", "rejection", "distill", "nash"], "what learns"
     ] = "preference"
     cache: Annotated[str, "folder of reference columns that runs share"] = "~/.cache/rlhf_jax"
     model: ModelConfig = ModelConfig()
@@ -105,6 +107,8 @@ class Config:
     group: GroupConfig = GroupConfig()
     online: OnlineConfig = OnlineConfig()
     rejection: RejectionConfig = RejectionConfig()
+    distill: DistillConfig = DistillConfig()
+    nash: NashConfig = NashConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()  # pyright: ignore[reportInvalidTypeForm]

@@ -27,7 +27,8 @@ def show(built: Built, step: int, batch: Batch) -> None:
     part.write_text("".join([*kept, *(json.dumps({"step": step, **row}) + "\n" for row in rows)]))
     part.replace(file)
     for row in rows[:SHOWN]:
-        print(f"  {row['score']:8.3f} | {row['prompt'][-LINE:]!r} -> {row['completion'][:LINE]!r}", flush=True)
+        score = f"{row['score']:8.3f} | " if "score" in row else ""
+        print(f"  {score}{row['prompt'][-LINE:]!r} -> {row['completion'][:LINE]!r}", flush=True)
 
 
 def write_rows(built: Built, rows: list[dict[str, np.ndarray]], index: list[np.ndarray]) -> None:

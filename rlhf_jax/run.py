@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax import fields, sharding, worlds
-from rlhf_jax.algorithms.step import Batch, TrainState, make_step
+from rlhf_jax.algorithms.step import Batch, Taught, TrainState, make_step
 from rlhf_jax.build import Built, build
 from rlhf_jax.checkpoint import Restored
 from rlhf_jax.checks import check
@@ -35,6 +35,7 @@ from rlhf_jax.initial import (
 )
 from rlhf_jax.members import Axis, Member, Way, patience
 from rlhf_jax.models.decoder import Model
+from rlhf_jax.teacher import check_teacher
 from rlhf_jax.workdir import check_base, last_line, open_workdir
 
 
@@ -84,7 +85,7 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
 def begin(built: Built) -> None:
     """Writes what a run's folder holds before its first step.
 
-    Errors: UserError for an adapter's folder that was started on other weights.
+    Errors: UserError for an adapter's folder that was started on other weights, and one that had another teacher.
     """
     place, main = built.workdir, jax.process_index() == 0
     if main:
@@ -94,6 +95,8 @@ def begin(built: Built) -> None:
         built.data.report.write(os.fspath(place / "rows.jsonl"))
     if built.model.adapter is not None or built.refers:  # checkpoints don't hold what the policy is held against
         check_base(place, built.start, write=main)
+    if built.online is not None and built.online.teacher is not None:
+        check_teacher(place, built.online.teacher, write=main)
 
 
 def _finished(workdir: epath.Path, step: int, why: str = "there is nothing left to do") -> Result:
@@ -154,7 +157,7 @@ class Run:
             self._check_rows(member, found)
         self._params: Any = None
         self._prepare_reference(restored)
-        self.frozen = None if self.built.model.adapter is None else self._base()
+        self.frozen = self._frozen()
         if restored:
             self.position = restored[0].host["position"]
             states = [found.state for found in restored]
@@ -182,9 +185,8 @@ class Run:
             donate_argnums=0 if len(builts) == 1 or adapted else (),
         )  # fmt: skip
         numbers = lambda built: jax.tree.map(np.float32, built.hyper)
-        base = lambda: self.frozen if adapted else self._base()
         return [
-            make(trained_params(built, base()), jax.random.PRNGKey(built.config.seed), numbers(built))
+            make(trained_params(built, self._base()), jax.random.PRNGKey(built.config.seed), numbers(built))
             for built in builts
         ]
 
@@ -218,6 +220,12 @@ class Run:
         """The weights that training starts from; read once, and not at all where nothing needs them."""
         self._params = base_params(self.built) if self._params is None else self._params
         return self._params
+
+    def _frozen(self) -> Any:
+        """What no step changes: the base that an adapter adapts, and a teacher's parameters."""
+        base = None if self.built.model.adapter is None else self._base()
+        teacher = None if self.built.online is None else self.built.online.teacher
+        return base if teacher is None else Taught(base, teacher.params)
 
     def _prepare_reference(self, restored: Sequence[Restored]) -> None:
         """What the objective needs of a fixed reference: columns, and for mismatched rows its live parameters."""

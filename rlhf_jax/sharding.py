@@ -91,11 +91,11 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def rule(path: str) -> PartitionSpec:
-    """The partition of the parameter at `path`, of a model alone or of policy and value.
+    """The partition of the parameter at `path`, of a model alone or of policy and value, or policy and reference.
 
     Errors: KeyError naming a path no rule matches.
     """
-    own = path.removeprefix("policy/").removeprefix("value/")
+    own = path.removeprefix("policy/").removeprefix("value/").removeprefix("reference/")
     for pattern, spec in RULES:
         if re.fullmatch(pattern, own):
             return spec
@@ -134,15 +134,20 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     )
 
 
-def for_decoding(params: Any, model: Model) -> Any:
+def for_decoding(params: Any, model: Any) -> Any:
     """A copy of the parameters as sampling reads them: in the compute dtype, whole along fsdp.
 
     Decoding reads every weight for every token; cut along fsdp they would be gathered as often. Quantised
-    kernels stay as they are, and so do norms and scores, which may be computed in more than the compute dtype.
+    kernels stay as they are, and so do norms, scores and single numbers, which may be computed in more than the
+    compute dtype.
+
+    Args: model: a `Model`, or a mixture of two; its numerics and its layout are read.
     """
 
     def place(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         path, mesh = path_of(keys), model.layout.mesh
+        if leaf.ndim == 0:
+            return leaf
         if not path.endswith(("/values", "/scales", "_norm")) and path not in ("score", "score_bias"):
             leaf = leaf.astype(model.numerics.compute_dtype)
         if mesh is None:

@@ -15,7 +15,7 @@ from rlhf_jax import sharding
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.reward import answer_scores
 from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, Scores, place
-from rlhf_jax.algorithms.step import INIT, Batch, flat_rows
+from rlhf_jax.algorithms.step import INIT, Batch, by_pieces, flat_rows
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
@@ -30,7 +30,9 @@ from rlhf_jax.models import start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling.distribution import Sampling
+from rlhf_jax.sampling.mixture import Drawable, Mixture
 from rlhf_jax.sampling.sampler import Completion, Sampler
+from rlhf_jax.teacher import Teacher, open_teacher
 from rlhf_jax.workdir import Policy, end_ids
 
 VALUE = INIT + 1000  # purpose of a value's random weights, where the policy's are random too
@@ -38,7 +40,11 @@ SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
 MODEL = "model"  # the name of the reward model's score beside those of functions
 
 
-Open = Callable[[str, str], Sequence[Policy]]  # path and flag of reward models -> the members
+class Open(NamedTuple):
+    """Gives what a path holds, the same for the same path; of each the arguments are the path and the flag."""
+
+    rewards: Callable[[str, str], Sequence[Policy]]  # a reward model, or the members of an ensemble
+    policy: Callable[[str, str], Policy]
 
 
 class Start(NamedTuple):
@@ -66,9 +72,12 @@ class Online(NamedTuple):
     models: Models
     value: Value | None  # None for a method without one
     draw: "Draw"
+    mixed: "Draw"
     score: "Score"
     pretrain: Loader | None
     rollout: RolloutConfig
+    teacher: Teacher | None  # None for a method without one
+    pieces: int  # that a rollout is read in
 
     def describe(self, prompts: int) -> str:
         """A rollout in a line."""
@@ -78,14 +87,13 @@ class Online(NamedTuple):
             if rollout.samples > 1
             else f"{prompts} prompts"
         )
-        return (
-            f"{of}, at most {rollout.max_new_tokens} tokens a completion, scored by {', '.join(score.names)}; "
-            f"{rollout.updates} updates each"
-        )
+        by = f", scored by {', '.join(score.names)}" if score.names else ""
+        by += "" if self.teacher is None else f", taught by {self.teacher.name}"
+        return f"{of}, at most {rollout.max_new_tokens} tokens a completion{by}; {rollout.updates} updates each"
 
     def around(self, mesh: Mesh, held_out: bool = False) -> Around:
         """As `make_prepare` takes it."""
-        return Around(self.draw, self.score, self.rollout, self._pretrain(mesh), held_out)
+        return Around(self.draw, self.score, self.rollout, self._pretrain(mesh), held_out, self.pieces, self.mixed)
 
     def _pretrain(self, mesh: Mesh) -> Callable[[int], Batch] | None:
         loader = self.pretrain
@@ -102,25 +110,29 @@ class Online(NamedTuple):
 
 
 def surround(config: Config, begun: Start, opened: Open) -> Online:
-    """Opens reward models and whatever the value begins as.
+    """Opens reward models, a teacher and whatever the value begins as.
 
-    Args: opened: gives what a path holds, the same for the same path.
     Errors: UserError for whatever the user can mend.
     """
     rewards, rollout = config.rewards, config.rollout
+    pieces = rollout.minibatches * config.train.microbatches
+    teacher = _teacher(config, begun, opened)
     model = _reward_model(rewards, opened) if rewards.model is not None else None
     value_model, value = _value(config, begun, model, opened)
+    mixture = Mixture(begun.model, begun.model.without_adapter())
     return Online(
-        Models(begun.model, value_model), value, Draw(begun, rollout), Score(begun, rewards, model),
-        _pretrain(config, begun), rollout,
+        Models(begun.model, value_model, None if teacher is None else teacher.model), value,
+        Draw(begun, rollout, begun.model), Draw(begun, rollout, mixture), Score(begun, rewards, model, pieces),
+        _pretrain(config, begun), rollout, teacher, pieces,
     )  # fmt: skip
 
 
 def check(config: Config) -> None:
     """All that can be checked before a file is read. Errors: UserError."""
     rewards, rollout = config.rewards, config.rollout
-    ALGORITHMS[config.algorithm].check(getattr(config, config.algorithm), rollout)
-    if rewards.model is None and not rewards.functions:
+    algorithm = ALGORITHMS[config.algorithm]
+    algorithm.check(getattr(config, config.algorithm), rollout)
+    if getattr(algorithm, "SCORED", True) and rewards.model is None and not rewards.functions:
         raise UserError(
             "nothing says what a completion is worth; give --config.rewards.model=FOLDER, "
             "--config.rewards.functions=NAME, or both."
@@ -155,11 +167,11 @@ def _functions(rewards: RewardsConfig) -> RewardFunctions:
 
 
 class Draw:
-    """(the policy's parameters, rows of prompts, key) -> a batch of rollouts, see `rollouts.Around`."""
+    """(the parameters of what is drawn from, rows of prompts, key) -> a batch of rollouts, see `rollouts.Around`."""
 
-    def __init__(self, begun: Start, rollout: RolloutConfig):
+    def __init__(self, begun: Start, rollout: RolloutConfig, model: Drawable):
         self._mesh, self._samples = begun.mesh, rollout.samples
-        self._sampler = Sampler(begun.model, slots=rollout.slots, samples=rollout.samples)
+        self._sampler = Sampler(model, slots=rollout.slots, samples=rollout.samples)
         self._sampling = Sampling(rollout.temperature, max_new_tokens=rollout.max_new_tokens)
         self._stop_ids = begun.encoder.stop_ids(end_ids(begun.found))
         self._most = max(example.index for example in begun.examples) + 1
@@ -193,9 +205,10 @@ class Draw:
 class Score:
     """A batch of rollouts -> what each completion earns, on the host."""
 
-    def __init__(self, begun: Start, config: RewardsConfig, model: Rewards | None):
+    def __init__(self, begun: Start, config: RewardsConfig, model: Rewards | None, pieces: int = 1):
         self._asked = {example.index: example for example in begun.examples}
         self._text, self._model, self._config = text_of(begun.tokenizer), model, config
+        self._pieces = pieces  # that a reward model reads a rollout in
         self._same = model is not None and model.encoder.fingerprint == begun.encoder.fingerprint
         if model is not None and self._same and model.length < begun.length:
             raise UserError(
@@ -210,6 +223,8 @@ class Score:
 
     def __call__(self, batch: Batch) -> Scores:
         real = sharding.fetch(batch["weight"]) > 0
+        if not self.names:
+            return Scores(np.zeros((len(real), 0), np.float32), np.zeros((len(real), 0), bool), np.zeros(0), ())
         said = self.texts(batch) if self._functions is not None or not self._same else []
         rewards, applies, weights = [], [], []
         if self._model is not None:
@@ -247,7 +262,8 @@ class Score:
 
     def shown(self, batch: Batch) -> list[dict[str, Any]]:
         """The first rollouts of a prepared batch as they read, with what they earned."""
-        told = {"score": "score"} | ({"kl": "sequence_kl"} if "ref_logprobs" in batch else {})
+        told = {"score": "score"} if "score" in batch else {}
+        told |= {"kl": "sequence_kl"} if "ref_logprobs" in batch else {}
         columns = {name: sharding.fetch(jnp.asarray(batch[column])) for name, column in told.items()}
         real = np.flatnonzero(sharding.fetch(batch["weight"]) > 0)
         rows = []
@@ -261,7 +277,7 @@ class Score:
         """[members, B], read from the tokens as they were drawn."""
         assert self._model is not None
         rows = {name: batch[name] for name in ("tokens", "mask", "segments", "positions", "weight")}
-        told = [_answer_scores(member.model, member.params, rows) for member in self._model.members]
+        told = [_answer_scores(member.model, self._pieces, member.params, rows) for member in self._model.members]
         return np.stack([sharding.fetch(one) for one in told]).astype(np.float64)
 
     def _by_texts(self, said: Sequence[tuple[dataset.Example, str]]) -> np.ndarray:
@@ -286,16 +302,18 @@ def _agreed(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return np.asarray(rewards), np.asarray(applies)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _answer_scores(model: Model, params: Any, batch: Batch) -> jax.Array:
-    return answer_scores(model.score(params, flat_rows(batch)), batch)[:, 0]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _answer_scores(model: Model, pieces: int, params: Any, batch: Batch) -> jax.Array:
+    """[B], read a piece of the rows at a time."""
+    told = lambda rows: answer_scores(model.score(params, flat_rows(rows)), rows)[:, 0]
+    return by_pieces(told, batch, pieces, model.layout)
 
 
 # ---- models
 
 
 def _reward_model(config: RewardsConfig, opened: Open) -> Rewards:
-    members = opened(str(config.model), "--config.rewards.model")
+    members = opened.rewards(str(config.model), "--config.rewards.model")
     if len(members) == 1 and config.how != "mean":
         raise UserError(
             f"--config.rewards.how={config.how} is of the members of an ensemble, and {config.model} holds one model; "
@@ -344,8 +362,14 @@ def _first(path: str | None, opened: Open, reward: Rewards | None) -> Subject:
     if path is None:
         assert reward is not None
         return reward.members[0]
-    one = opened(path, "--config.ppo.value_path")[0]
+    one = opened.rewards(path, "--config.ppo.value_path")[0]
     return Subject("value", one.model, one.params, one.tokenizer, one.end_ids)
+
+
+def _teacher(config: Config, begun: Start, opened: Open) -> Teacher | None:
+    if config.algorithm != "distill":
+        return None
+    return open_teacher(str(config.distill.teacher), opened.policy, begun.model, begun.tokenizer, begun.length)
 
 
 # ---- text beside

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -12,7 +13,7 @@ from etils import epath
 
 from rlhf_jax import fields, sharding
 from rlhf_jax.algorithms import ALGORITHMS
-from rlhf_jax.checkpoint import is_sealed, latest, read_host, restore_params
+from rlhf_jax.checkpoint import digest, is_sealed, latest, read_host, restore_params
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora, start
@@ -115,6 +116,7 @@ class Policy(NamedTuple):
     tokenizer: Any
     step: int  # of the run; 0 for a model that no run made
     end_ids: tuple[int, ...] = ()  # tokens that its generation_config.json ends at
+    identify: Callable[[], str] = str  # a hash of every byte that the parameters come from, hex
 
 
 class Held(NamedTuple):
@@ -146,6 +148,7 @@ def load_trained(workdir: epath.Path, step: int | None = None, mesh: jax.shardin
     found = start.find(str(config.model.path))
     head = ALGORITHMS[config.algorithm].HEAD
     model = lora.attach(config.lora, start.describe(found, config.model.numerics(), Layout(mesh), head))
+    sharding.check_divides(model, mesh)
     shapes = model.shapes() if model.adapter is None else lora.split(model.shapes())[0]
     place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     like = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
@@ -161,6 +164,7 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     The scores of a reward model are shifted as the checkpoint says.
     """
     config, found, model, params, step, shift = load_trained(workdir, step, mesh)
+    adapted = model.adapter is not None
     if model.adapter is not None:
         check_base(workdir, found)
         place = lambda path, _: sharding.param_sharding(cast(Any, model.layout.mesh), path)
@@ -171,7 +175,23 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     tokenizer = load_tokenizer(tokenizer_folder(found, config.model.tokenizer))
     if config.data.chat_template is not None:
         tokenizer.chat_template = epath.Path(os.path.expanduser(config.data.chat_template)).read_text()
-    return Policy(model, params, tokenizer, step, end_ids(found))
+    own = workdir / "checkpoints" / str(step) / "state"
+    identify = lambda: digest(own) + (f"-{start.identity(found)}" if adapted else "")
+    return Policy(model, params, tokenizer, step, end_ids(found), identify)
+
+
+def check_note(note: epath.Path, own: str, says: str, write: bool) -> None:
+    """Holds a run to what its folder notes of a model that its checkpoints don't hold.
+
+    Args:
+      own: the model's identity.
+      write: note it if there is no note yet.
+    Errors: UserError, that says so, if another is noted.
+    """
+    if note.exists() and note.read_text() != own:
+        raise UserError(says)
+    if write and not note.exists():
+        note.write_text(own)
 
 
 def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> None:
@@ -181,14 +201,11 @@ def check_base(workdir: epath.Path, found: start.Start, write: bool = False) -> 
       write: note them if the folder has no note yet.
     Errors: UserError if they are not those that are noted.
     """
-    note, own = workdir / "base", start.identity(found)
-    if note.exists() and note.read_text() != own:
-        raise UserError(
-            f"the weights in {found.folder} are not those that {str(workdir)!r} was started on, and what it learnt "
-            "means nothing without them; put them back or give another --workdir."
-        )
-    if write and not note.exists():
-        note.write_text(own)
+    says = (
+        f"the weights in {found.folder} are not those that {str(workdir)!r} was started on, and what it learnt "
+        "means nothing without them; put them back or give another --workdir."
+    )
+    check_note(workdir / "base", start.identity(found), says, write)
 
 
 def open_policy(
@@ -255,6 +272,7 @@ def open_model(
         raise UserError(f"{name!r} holds neither a run nor a model (no config.json); give {flag} a folder of either.")
     mesh = sharding.make_mesh(sharding.MeshShape(1, 1, 1)) if mesh is None else mesh
     model = start.describe(found, layout=Layout(mesh))
+    sharding.check_divides(model, mesh)
     if not any(found.base.glob("*.safetensors")):
         raise UserError(f"model folder {name!r} holds no *.safetensors weights; give {flag} a folder with them.")
     try:
@@ -266,7 +284,7 @@ def open_model(
             "with one."
         ) from error
     params = start.load(found, model, lambda ours, _: sharding.param_sharding(mesh, ours))
-    return Policy(model, params, tokenizer, 0, end_ids(found))
+    return Policy(model, params, tokenizer, 0, end_ids(found), lambda: start.identity(found))
 
 
 def _has_config(path: str) -> bool:

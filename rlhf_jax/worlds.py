@@ -52,7 +52,7 @@ WRITTEN = (
 SAID = ("answers", "answers_held_out", "rankings", "rankings_held_out")
 FILES = WRITTEN + SAID
 # Fields of a config that may name a start's model, and its rows.
-MODELS = ("model.path", "rewards.model", "ppo.value_path")
+MODELS = ("model.path", "rewards.model", "ppo.value_path", "distill.teacher")
 ROWS_IN = ("data.path", "data.eval_path", "reward.demonstrations", "ppo.pretrain")
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,

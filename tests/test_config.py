@@ -13,6 +13,7 @@ from etils import epath
 from experiments import train
 from rlhf_jax import fields, flags, registry
 from rlhf_jax.algorithms import ALGORITHMS
+from rlhf_jax.algorithms.distill import DistillConfig
 from rlhf_jax.build import build
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME, Config
 from rlhf_jax.feedback.rewards import RewardsConfig
@@ -49,8 +50,10 @@ def test_every_experiment_passes_every_check(spec, ground, tmp_path):
         data = dataclasses.replace(data, length=None)
     model = dataclasses.replace(config.model, path=str(ground.model))
     alone = dataclasses.replace(config.reward, members=1, demonstrations=())
-    whole = dataclasses.replace(config, model=model, data=data, reward=alone)
-    if config.rollout != Config().rollout:  # what learns from rollouts is scored without a model
+    distills = config.algorithm == "distill"
+    taught = DistillConfig(str(ground.model)) if distills else config.distill
+    whole = dataclasses.replace(config, model=model, data=data, reward=alone, distill=taught)
+    if distills or config.rollout != Config().rollout:  # what learns from rollouts is scored without a model
         whole = dataclasses.replace(
             whole, rollout=dataclasses.replace(config.rollout, max_new_tokens=16), mesh=MeshShape(1, 1, 1),
             rewards=RewardsConfig(functions=("tests.rewards:letters",)),

@@ -26,7 +26,7 @@ FIRST: dict[str, float] = {
 }  # fmt: skip
 EVALUATED = ("dpo", "sft")  # the others would compile the same once more
 # Recipes that differ from others in numbers and a loss, which tests of their own have.
-ALIKE = ("rloo", "grpo", "dr_grpo", "gspo", "online_dpo", "xpo", "rejection")
+ALIKE = ("rloo", "grpo", "dr_grpo", "gspo", "online_dpo", "xpo", "rejection", "nash_md")
 
 
 @pytest.fixture(scope="module")

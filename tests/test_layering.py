@@ -17,11 +17,11 @@ PACKAGE = "rlhf_jax"
 FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
-    "checkpoint", "metrics", "report", "config", "objective", "workdir", "surround", "checks",
+    "checkpoint", "metrics", "report", "config", "objective", "workdir", "teacher", "surround", "checks",
     "build", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "plan",
 )  # fmt: skip
 SHARED_BY_ALGORITHMS = (
-    "step", "parts", "comparisons", "completions", "examples", "optimizers", "rollouts", "rounds", "picks",
+    "step", "parts", "comparisons", "completions", "examples", "optimizers", "rollouts", "asked", "rounds", "picks",
 )  # fmt: skip
 # Other people's packages that a floor may import; the floors that aren't named may import any.
 ARRAYS = ("jax", "numpy", "chex")

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_jax import losses
+from rlhf_jax.losses.distillation import DISTILLATION
 from rlhf_jax.losses.policy import POLICY as OF_POLICIES
 from rlhf_jax.losses.preference import (
     PREFERENCE,
@@ -131,7 +132,8 @@ CASES: dict[str, Case] = {
     "dft": Case(Tokens, TOKENS, dft64, {}),
     "smooth_nll": Case(SmoothTokens, [TOKENS[0], TOKENS[0] - TOKENS[1]], smooth_nll64, SMOOTH),
 }
-LOSSES = {name: loss for name, loss in losses.LOSSES.items() if name not in OF_POLICIES}  # see test_policy_losses.py
+ELSEWHERE = {*OF_POLICIES, *DISTILLATION}  # see test_policy_losses.py and test_distill.py
+LOSSES = {name: loss for name, loss in losses.LOSSES.items() if name not in ELSEWHERE}
 TAKES = {name: inspect.signature(loss).parameters for name, loss in LOSSES.items()}
 CASES |= {
     f"{name} {divergence}": case._replace(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax import losses
 from rlhf_jax.losses import SUMS
+from rlhf_jax.losses.distillation import DISTILLATION
 from rlhf_jax.losses.policy import POLICY
 from rlhf_jax.losses.preference import MeanPair, Pair, PolicyPair, SortedMargins, SortedRatios, dpo, exo, robust
 from rlhf_jax.losses.ranked import Ranked, dpo_pl
@@ -36,8 +37,8 @@ ROWS = 6
 few = settings(max_examples=10, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
-# Those of a policy have tests of their own, test_policy_losses.py.
-LOSSES = {name: loss for name, loss in losses.LOSSES.items() if name not in POLICY}
+# Those of a policy and of two heads have tests of their own, test_policy_losses.py and test_distill.py.
+LOSSES = {name: loss for name, loss in losses.LOSSES.items() if name not in {**POLICY, **DISTILLATION}}
 
 
 def reads(name: str) -> type:

@@ -79,7 +79,7 @@ def too_large(program: jax.stages.Compiled, limit: int) -> dict[str, int]:
 
 
 PROGRAMS: list[tuple[Program, str]] = [
-    ("step", "nll"), ("reference", "dpo"), ("evaluation", "nll"), ("evaluation", "kto"),
+    ("step", "nll"), ("reference", "dpo"), ("evaluation", "nll"), ("evaluation", "kto"), ("step", "jsd"),
 ]  # fmt: skip
 
 
@@ -88,8 +88,8 @@ def test_no_program_holds_more_than_a_few_chunks(program: Program, loss: str) ->
     """Neither in one piece nor, as the temporaries' sum tells, in many small ones."""
     made = compiled(program, loss)
     assert not too_large(made, SHARE)
-    memory = made.memory_analysis()
-    assert memory is not None and memory.temp_size_in_bytes < 6 * CHUNK * VOCAB * 4 < WHOLE * 4 / 2
+    memory, chunks = made.memory_analysis(), 7 if loss == "jsd" else 6  # it reads two heads
+    assert memory is not None and memory.temp_size_in_bytes < chunks * CHUNK * VOCAB * 4 < WHOLE * 4 / 2
     assert CHUNK * VOCAB in sizes(made.as_text() or "").values()  # one chunk there is: the head is not left out
 
 

@@ -18,14 +18,16 @@ import pytest
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.step import Objective, Term, flat_rows
 from rlhf_jax.losses import LOSSES as EVERY
+from rlhf_jax.losses.distillation import DISTILLATION
 from rlhf_jax.losses.policy import POLICY
 from rlhf_jax.losses.reward import REWARD
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sharding import MeshShape
 from tests import problem
 
-# tests/test_reward.py has those of scores, tests/test_ppo.py and test_group_runs.py those of policies.
-LOSSES = {name: loss for name, loss in EVERY.items() if name not in {**REWARD, **POLICY}}
+# tests/test_reward.py has those of scores, tests/test_ppo.py and test_group_runs.py those of policies, and
+# tests/test_distill.py those of two heads.
+LOSSES = {name: loss for name, loss in EVERY.items() if name not in {**REWARD, **POLICY, **DISTILLATION}}
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]  # data, fsdp, tensor
 FAMILIES: dict[type, list[str]] = {}  # the losses by what they take
 for loss in LOSSES:

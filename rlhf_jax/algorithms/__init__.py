@@ -10,12 +10,14 @@ step is left out, or None. `config` is the section of the algorithm's name, if t
 One that learns from rollouts (its losses read prompts) is given `rollouts.Models` for the model and `rollouts.Around`
 as the last argument of make_prepare; it also has `refers(config)`, whether it holds the policy against a fixed
 reference, `check(config, rollout)`, `POLICY`, the key of its parameters under which the policy lies, or None, and
-`ROW`, what a row of its prepared batches stands for, one completion or a prompt with all of its completions.
+`ROW`, what a row of its prepared batches stands for, one completion or a prompt with all of its completions. Where
+there is a teacher, `frozen` is a `step.Taught`. `SCORED = False` says that it learns without scores, which are then
+told if there are some.
 """
 
-from rlhf_jax.algorithms import group, online, ppo, preference, rejection, reward, sft
+from rlhf_jax.algorithms import distill, group, nash, online, ppo, preference, rejection, reward, sft
 
 ALGORITHMS = {
     "sft": sft, "preference": preference, "reward": reward, "ppo": ppo, "group": group, "online": online,
-    "rejection": rejection,
+    "rejection": rejection, "distill": distill, "nash": nash,
 }  # fmt: skip

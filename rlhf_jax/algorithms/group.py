@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.asked import Asked, measure
 from rlhf_jax.algorithms.parts import Part, nothing
 from rlhf_jax.algorithms.rollouts import (
     Around,
-    Asked,
     Models,
     RolloutConfig,
     Sampled,
@@ -28,7 +28,6 @@ from rlhf_jax.algorithms.rollouts import (
     keys,
     learnt,
     mean,
-    measure,
     policy_means,
     policy_term,
     sampled,
@@ -275,7 +274,7 @@ def make_prepare(
         other = None if held_against is None else Asked(held_against, fixed)
         return measure(
             policy, rows, temperature=hyper["rollout"]["temperature"], reference=other,
-            entropy=config.top_entropy is not None,
+            entropy=config.top_entropy is not None, pieces=around.pieces,
         )  # fmt: skip
 
     def earn(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.asked import Asked, measure
 from rlhf_jax.algorithms.examples import Losses, term_means
 from rlhf_jax.algorithms.parts import Part, nothing
 from rlhf_jax.algorithms.picks import drawn_means, drawn_of, extremes, rows_of, scored
 from rlhf_jax.algorithms.rollouts import (
     Around,
-    Asked,
     EndConfig,
     Models,
     RolloutConfig,
@@ -31,7 +31,6 @@ from rlhf_jax.algorithms.rollouts import (
     keys,
     learnt,
     mean,
-    measure,
     total,
 )
 from rlhf_jax.algorithms.step import Batch, Judge, Objective, Reads, Term, TrainState, balance_term, whole
@@ -150,7 +149,8 @@ def make_prepare(
 
     def look(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:
         policy, other = Asked(model, whole(params, frozen)), Asked(reference_model, fixed)
-        said = measure(policy, rows, temperature=hyper["rollout"]["temperature"], reference=other)
+        temperature = hyper["rollout"]["temperature"]
+        said = measure(policy, rows, temperature=temperature, reference=other, pieces=around.pieces)
         sums = {name: jnp.sum(column[:, 0], axis=1) for name, column in said.items()}
         made = {"score": end_counts(config, hyper["online"]["missing_end_score"], rows)}
         made |= {"sequence_kl": sums["old_logprobs"] - sums["ref_logprobs"]}

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rlhf_jax.algorithms.asked import Asked, measure, token_values
 from rlhf_jax.algorithms.parts import Part
 from rlhf_jax.algorithms.rollouts import (
     Around,
-    Asked,
     EndConfig,
     Models,
     RolloutConfig,
@@ -29,12 +29,10 @@ from rlhf_jax.algorithms.rollouts import (
     keys,
     learnt,
     mean,
-    measure,
     policy_means,
     policy_term,
     sampled,
     score_columns,
-    token_values,
     total,
     used_tokens,
 )
@@ -244,7 +242,7 @@ def make_prepare(
         asked = Asked(model, policy | params["value"] if shared else policy)
         return measure(
             asked, rows, temperature=hyper["rollout"]["temperature"], reference=Asked(reference_model, fixed),
-            value=value, second_head=shared,
+            value=value, second_head=shared, pieces=around.pieces,
         )  # fmt: skip
 
     def earn(params: Any, frozen: Any, fixed: Any, carry: Any, hyper: Any, rows: Batch) -> Batch:

@@ -18,13 +18,14 @@ from jax import Array
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms.parts import Part
-from rlhf_jax.algorithms.step import Batch, Mean, Term, flat_rows
+from rlhf_jax.algorithms.step import Batch, Mean, Term
 from rlhf_jax.errors import UserError
 from rlhf_jax.losses.policy import PolicyTokens, clip_fractions
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.kl import k2, k3
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
+from rlhf_jax.sampling.mixture import Both
 from rlhf_jax.sampling.sampler import Completion
 
 ROLLOUT, ORDER, HELD_OUT = 5, 6, 7  # purposes that keys are folded with, beside those of step.py
@@ -85,6 +86,9 @@ class Around(NamedTuple):
       pretrain: the number of an update -> a batch of text of as many rows as the update has, [B, 1, T]; None: none.
       held_out: the rollouts are only looked at: a rollout is one batch, in the order of its rows, drawn with the same
         randomness whatever the step.
+      pieces: that a rollout is read in where it is measured, to save memory; they divide its rows.
+      mixed: as `draw`, of a mixture of the policy and its reference, whose parameters it takes; until it is called it
+        costs nothing. None: nothing draws from one.
     """
 
     draw: Callable[[Any, Batch, Array], Batch]
@@ -92,13 +96,16 @@ class Around(NamedTuple):
     rollout: RolloutConfig
     pretrain: Callable[[int], Batch] | None = None
     held_out: bool = False
+    pieces: int = 1
+    mixed: Callable[[Both, Batch, Array], Batch] | None = None
 
 
 class Models(NamedTuple):
-    """A policy and its value model; None: the value is a second head of the policy."""
+    """A policy and its value model; None: the value is a second head of the policy. And a teacher, if there is one."""
 
     policy: Model
     value: Model | None
+    teacher: Model | None = None
 
 
 # ---- from prompts to batches
@@ -144,57 +151,6 @@ def place(
 
 
 # ---- what is frozen in a batch
-
-
-class Asked(NamedTuple):
-    """A model and all of its parameters."""
-
-    model: Model
-    params: Any
-
-
-def token_values(value: Asked, rows: dict[str, Array]) -> Array:
-    """The value of the state in which each token of the mask is chosen, reward units, float32 [B, T]; 0 elsewhere.
-
-    It is the score read at the token before, which hasn't seen the chosen one.
-
-    Args:
-      rows: tokens, segments, positions, mask [B, T]; a row's first token is no completion's.
-    """
-    return jnp.where(rows["mask"], jnp.roll(value.model.score(value.params, rows), 1, axis=1), 0)
-
-
-def measure(
-    policy: Asked,
-    batch: Batch,
-    *,
-    temperature: float | Array = 1.0,
-    reference: Asked | None = None,
-    value: Asked | None = None,
-    second_head: bool = False,
-    entropy: bool = False,
-) -> Batch:
-    """What policy, reference and value say of each completion token, float32 [B, 1, T], 0 elsewhere.
-
-    All of it is read from whole rows in one program, not taken from the sampler: so at parameters that haven't moved
-    ratios are 1, and where policy and reference are equal their KL is 0.
-
-    Args:
-      temperature: that of the sampler; it divides the logits of policy and reference alike.
-      second_head: the policy's parameters hold a score head too, which gives the values.
-    Returns: old_logprobs, and entropy, nats, ref_logprobs and values if those are asked.
-    """
-    rows = flat_rows(batch)
-    said = lambda of, *want: of.model.token_stats(of.params, rows, temperature=temperature, want=("logprobs", *want))
-    stats = said(policy, *(["score"] if second_head else []), *(["entropy"] if entropy else []))
-    columns = {"old_logprobs": stats.logprobs} | ({"entropy": stats.entropy} if entropy else {})
-    if second_head:
-        columns["values"] = jnp.where(rows["mask"], stats.score, 0)
-    if reference is not None:
-        columns["ref_logprobs"] = said(reference).logprobs
-    if value is not None:
-        columns["values"] = token_values(value, rows)
-    return {name: column.reshape(batch["mask"].shape) for name, column in columns.items()}
 
 
 @functools.partial(jax.jit, static_argnames="held_out")

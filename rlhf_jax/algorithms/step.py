@@ -70,6 +70,13 @@ class TrainState:
     hyper: Any  # every numeric hyper-parameter, as arrays: {"loss": {...}, "optimizer": {...}}
 
 
+class Taught(NamedTuple):
+    """What is frozen where a teacher is asked at each step; without one it is the base alone."""
+
+    base: Any  # what an adapter adapts; None without one
+    teacher: Any  # all parameters of another model
+
+
 class Optimizer(NamedTuple):
     """What the step needs of an optimiser; hyper["optimizer"] holds its numbers."""
 
@@ -107,6 +114,21 @@ def split_rows(batch: Batch, parts: int, layout: Layout) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def by_pieces(function: Callable[[Batch], Any], batch: Batch, parts: int, layout: Layout) -> Any:
+    """What a function says of each row of a batch, [B, ...], asked for a piece of the rows at a time to save memory.
+
+    Args: parts: a divisor of B, so that the mesh's row shards divide a piece.
+    """
+    if parts == 1:
+        return function(batch)
+
+    def join(x: Array) -> Array:
+        x = jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+        return layout.constrain(x, "rows", *(None,) * (x.ndim - 1))
+
+    return jax.tree.map(join, jax.lax.map(function, split_rows(batch, parts, layout)))
+
+
 def flat_rows(batch: Batch) -> dict[str, Array]:
     """A batch's token columns [B, K, T] as [B K, T]: K completions of a row become rows of their own."""
     names = ("tokens", "mask", "segments", "positions")
@@ -141,7 +163,8 @@ def token_weight(batch: Batch, of: Array | None = None) -> Array:
 
 def whole(params: Any, frozen: Any) -> Any:
     """All parameters of a model: those that are trained, with the frozen base that they adapt if there is one."""
-    return params if frozen is None else join(params, frozen)
+    base = frozen.base if isinstance(frozen, Taught) else frozen
+    return params if base is None else join(params, base)
 
 
 def wanted(model: Model, *stats: Stat) -> tuple[Stat, ...]:

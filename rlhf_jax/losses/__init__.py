@@ -4,6 +4,7 @@ A new loss is one function and one line in the dict at the end of its file. Its 
 its hyper-parameters: they become flags by themselves.
 """
 
+from rlhf_jax.losses.distillation import DISTILLATION
 from rlhf_jax.losses.policy import POLICY
 from rlhf_jax.losses.preference import PREFERENCE
 from rlhf_jax.losses.ranked import RANKED
@@ -11,7 +12,7 @@ from rlhf_jax.losses.reward import REWARD
 from rlhf_jax.losses.supervised import SUPERVISED
 from rlhf_jax.losses.unpaired import UNPAIRED
 
-LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED, **REWARD, **POLICY}
+LOSSES = {**SUPERVISED, **PREFERENCE, **RANKED, **UNPAIRED, **REWARD, **POLICY, **DISTILLATION}
 
 # Weighted sums of losses, each averaged over what it is a loss of: rows of pairs, and for nll the tokens of the
 # chosen completions.

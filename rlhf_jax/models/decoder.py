@@ -20,7 +20,7 @@ from rlhf_jax.models.linear import Linear, Lora
 from rlhf_jax.models.rope import angles, furthest, rotate
 from rlhf_jax.models.shape import ACTIVATIONS, Shape
 from rlhf_jax.ops.layout import Layout
-from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, token_logprobs
+from rlhf_jax.ops.logprobs import Head, Stat, TokenStats, ahead, token_logprobs
 
 Params = Any  # a nested dict of arrays
 Dtype = Literal["float32", "bfloat16"]
@@ -285,6 +285,12 @@ class Model:
         hidden, _, _ = self._module.apply({"params": params}, tokens, segments, positions)  # type: ignore[misc]
         return hidden
 
+    def blank(self, rows: int, columns: int) -> tuple[Array, Cache]:
+        """Zeros in the form of what decoding carries: hidden states [B, D] and a cache of S tokens, [L, B, G, S, d]."""
+        shape, dtype = self.shape, jnp.dtype(self.numerics.compute_dtype)
+        cached = jnp.zeros((shape.layers, rows, shape.groups, columns, shape.head_dim), dtype)
+        return jnp.zeros((rows, shape.width), dtype), Cache(cached, cached)
+
     def prefill(self, params: Params, tokens: Array, segments: Array, positions: Array) -> tuple[Array, Cache]:
         """`apply`, and the keys and values of every token, in the compute dtype, [L, B, G, T, d]."""
         module = self._module.clone(keep=True)
@@ -312,15 +318,13 @@ class Model:
         """The word head, in the compute dtype. Errors: ValueError if there is a score in its place."""
         if self.shape.head != "words":
             raise ValueError("a model with a score head says nothing of words; read it with `score`")
-        kernel = params["embedding" if self.shape.tied else "head"]
-        return Head(kernel.astype(self.numerics.compute_dtype))
+        return Head(params["embedding" if self.shape.tied else "head"].astype(self.numerics.compute_dtype))
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """All logits, float32 [B, T, V]: for tests and single tokens; objectives use `logprobs`."""
         logits = jnp.einsum("btd,vd->btv", hidden, self.head(params).kernel, preferred_element_type=jnp.float32)
-        return logits if self.shape.soft_cap is None else (
-            self.shape.soft_cap * jnp.tanh(logits / self.shape.soft_cap)
-        )  # fmt: skip
+        cap = self.shape.soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def token_stats(
         self,
@@ -342,17 +346,16 @@ class Model:
             a score head that the parameters hold beside that of words.
         """
         head = self.head(params)
-        hidden, balance = self._weighed(params, rows, "balance" in want)
-        ahead = lambda x: jnp.roll(x, -1, axis=1)
-        same = (ahead(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
+        hidden, balance = self.states(params, rows, "balance" in want)
+        targets, asked = ahead(rows)
         stats = token_logprobs(
-            hidden, head, ahead(rows["tokens"]), ahead(rows["mask"]) & same,
+            hidden, head, targets, asked,
             temperature=temperature, soft_cap=self.shape.soft_cap,
             want=tuple(stat for stat in want if stat not in ("balance", "score")), chunk=self.numerics.chunk,
             layout=self.layout,
         )  # fmt: skip
         if "score" in want:
-            stats = stats._replace(score=jnp.where(ahead(rows["mask"]) & same, _scores(params, hidden), 0))
+            stats = stats._replace(score=jnp.where(asked, _scores(params, hidden), 0))
         stats = jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), stats)
         return stats if balance is None else stats._replace(balance=balance)
 
@@ -371,11 +374,11 @@ class Model:
         """
         if self.shape.head != "score":
             raise ValueError("a model with a word head has no score to give; see `with_head`")
-        hidden, weights = self._weighed(params, rows, balance)
+        hidden, weights = self.states(params, rows, balance)
         scores = jnp.where(rows["segments"] != 0, _scores(params, hidden), 0)
         return (scores, weights) if balance else scores
 
-    def _weighed(self, params: Params, rows: dict[str, Array], weigh: bool) -> tuple[Array, Array | None]:
+    def states(self, params: Params, rows: dict[str, Array], weigh: bool = False) -> tuple[Array, Array | None]:
         """Hidden states as `apply`, and each token's balance of the experts [B, T] if asked for."""
         module = self._module.clone(weigh=weigh)
         inputs = rows["tokens"], rows["segments"], rows["positions"]

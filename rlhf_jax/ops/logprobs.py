@@ -45,6 +45,16 @@ class _Static(NamedTuple):
     chunks: Chunks
 
 
+def ahead(rows: dict[str, Array]) -> tuple[Array, Array]:
+    """What each position is to predict, int [B, T], and whether that is asked, bool [B, T]; never across segments.
+
+    Args: rows: tokens, segments [B, T] int and mask [B, T] bool, True on tokens that are asked.
+    """
+    after = lambda x: jnp.roll(x, -1, axis=1)
+    same = (after(rows["segments"]) == rows["segments"]).at[:, -1].set(False)
+    return after(rows["tokens"]), after(rows["mask"]) & same
+
+
 def token_logprobs(
     hidden: Array,
     head: Head,

@@ -15,10 +15,10 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling import slots as device
 from rlhf_jax.sampling.distribution import Sampling, check, knobs
+from rlhf_jax.sampling.mixture import Drawable
 
 STOPS = {device.END: "end", device.LENGTH: "length"}
 SMALLEST_BUCKET = 16
@@ -41,9 +41,9 @@ def bucket(size: int, most: int) -> int:
 
 
 class Sampler:
-    """Draws completions from one model; compiles once for each bucket of prompt and completion lengths."""
+    """Draws completions from a model, or a mixture; compiles once for each bucket of prompt and completion lengths."""
 
-    def __init__(self, model: Model, *, slots: int = 64, samples: int = 1):
+    def __init__(self, model: Drawable, *, slots: int = 64, samples: int = 1):
         """Args:
         slots: rows decoded at a time; rounded up so that the mesh and a prompt's samples divide it.
         samples: completions of each prompt; they share one pass over it.

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.models.decoder import Cache, Model
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling.distribution import Knobs, draw
+from rlhf_jax.sampling.mixture import Drawable
 
 # Why a row stopped, by the number in `Slots.stop`.
 RUNNING, END, LENGTH, EMPTY = range(4)
@@ -23,8 +23,8 @@ RUNNING, END, LENGTH, EMPTY = range(4)
 class Slots(NamedTuple):
     """What decoding carries; B slots, P prompt columns, N ring columns, V tokens."""
 
-    cache: Cache  # [L, B, G, P + N, d]
-    hidden: Array  # [B, D], from which the next token is predicted
+    cache: Any  # [L, B, G, P + N, d], the keys and values of each model
+    hidden: Any  # [B, D] of each model, from which the next token is predicted
     seen: Array  # [B, V] bool, tokens of the prompt and the completion
     prompt: Array  # [B] int32, prompt tokens
     count: Array  # [B] int32, completion tokens so far
@@ -49,27 +49,26 @@ class Fresh(NamedTuple):
     limit: Array  # [B] int32
 
 
-def empty(model: Model, slots: int, prompt: int, new: int) -> Slots:
+def empty(model: Drawable, slots: int, prompt: int, new: int) -> Slots:
     """Slots without a row."""
-    shape, dtype = model.shape, jnp.dtype(model.numerics.compute_dtype)
-    columns = jnp.zeros((shape.layers, slots, shape.groups, prompt + new, shape.head_dim), dtype)
+    hidden, cache = model.blank(slots, prompt + new)
     number = jnp.zeros(slots, jnp.int32)
     ring = jnp.zeros((slots, new), jnp.float32)
     made = Slots(
-        Cache(columns, columns), jnp.zeros((slots, shape.width), dtype), jnp.zeros((slots, shape.vocab), jnp.bool_),
-        number, number, number, jnp.full(slots, EMPTY, jnp.int32), number, jnp.zeros((slots, 2), jnp.uint32),
-        jnp.int32(0), ring.astype(jnp.int32), ring, ring,
+        cache, hidden, jnp.zeros((slots, model.shape.vocab), jnp.bool_), number, number, number,
+        jnp.full(slots, EMPTY, jnp.int32), number, jnp.zeros((slots, 2), jnp.uint32), jnp.int32(0),
+        ring.astype(jnp.int32), ring, ring,
     )  # fmt: skip
     return made
 
 
 def places(layout: Layout) -> Slots:
-    """Where each part lies on the mesh: rows over data, fsdp and expert, heads over tensor."""
+    """Where each part lies on the mesh, or all arrays of a part: rows over data, fsdp and expert, heads over tensor."""
     columns: Any = (None, "rows", "heads", None, None)
     rows, table = ("rows",), ("rows", None)
     axes: dict[str, Any] = {
-        "cache": Cache(columns, columns), "hidden": table, "seen": table, "prompt": rows, "count": rows, "limit": rows,
-        "stop": rows, "start": rows, "key": table, "step": (), "tokens": table, "logprobs": table, "behaviour": table,
+        "cache": columns, "hidden": table, "seen": table, "prompt": rows, "count": rows, "limit": rows, "stop": rows,
+        "start": rows, "key": table, "step": (), "tokens": table, "logprobs": table, "behaviour": table,
     }  # fmt: skip
     is_leaf = lambda x: type(x) is tuple
     return jax.tree.map(lambda names: layout.sharding(*names), Slots(**axes), is_leaf=is_leaf)
@@ -81,7 +80,7 @@ def pin(slots: Slots, layout: Layout) -> Slots:
 
 
 def advance(
-    model: Model, params: Any, slots: Slots, fresh: Fresh, knobs: Knobs, key: Array, steps: Array, enough: Array
+    model: Drawable, params: Any, slots: Slots, fresh: Fresh, knobs: Knobs, key: Array, steps: Array, enough: Array
 ) -> Slots:
     """Fills slots, then decodes until none runs, `enough` slots have stopped, or `steps` are done.
 
@@ -104,14 +103,14 @@ def advance(
     return jax.lax.while_loop(goes_on, body, (slots, jnp.int32(0)))[0]
 
 
-def _fill(model: Model, params: Any, slots: Slots, fresh: Fresh, key: Array) -> Slots:
+def _fill(model: Drawable, params: Any, slots: Slots, fresh: Fresh, key: Array) -> Slots:
     """Runs the prompts once each and puts their keys and values into all slots that continue them."""
     layout, columns = model.layout, fresh.tokens.shape[1]
     tokens = layout.constrain(fresh.tokens, "rows", None)
     place = jnp.arange(columns)[None]
     real = place < fresh.length[:, None]
     hidden, cache = model.prefill(params, tokens, real.astype(jnp.int32), jnp.where(real, place, 0))
-    last = jnp.take_along_axis(hidden, (fresh.length - 1)[:, None, None], axis=1)[:, 0]
+    last = lambda hidden: jnp.take_along_axis(hidden, (fresh.length - 1)[:, None, None], axis=1)[:, 0]
     rows = jnp.arange(tokens.shape[0])[:, None]
     seen = jnp.zeros((tokens.shape[0], model.shape.vocab), jnp.bool_).at[rows, tokens].max(real)
     taken, source = fresh.source >= 0, jnp.maximum(fresh.source, 0)
@@ -127,8 +126,8 @@ def _fill(model: Model, params: Any, slots: Slots, fresh: Fresh, key: Array) -> 
 
     fold = jax.vmap(lambda row, sample: jax.random.fold_in(jax.random.fold_in(key, row), sample))
     return slots._replace(
-        cache=Cache(into(slots.cache.keys, cache.keys), into(slots.cache.values, cache.values)),
-        hidden=put(slots.hidden, last[source]),
+        cache=jax.tree.map(into, slots.cache, cache),
+        hidden=jax.tree.map(lambda old, new: put(old, last(new)[source]), slots.hidden, hidden),
         seen=put(slots.seen, seen[source]),
         prompt=put(slots.prompt, fresh.length[source]),
         count=put(slots.count, jnp.zeros_like(slots.count)),
@@ -139,12 +138,12 @@ def _fill(model: Model, params: Any, slots: Slots, fresh: Fresh, key: Array) -> 
     )
 
 
-def _decode(model: Model, params: Any, slots: Slots, knobs: Knobs) -> Slots:
+def _decode(model: Drawable, params: Any, slots: Slots, knobs: Knobs) -> Slots:
     """One token in every slot that runs."""
     ring = slots.tokens.shape[1]
     column = slots.step % ring
     running = slots.stop == RUNNING
-    logits = model.logits(params, slots.hidden[:, None])[:, 0]
+    logits = model.logits(params, jax.tree.map(lambda x: x[:, None], slots.hidden))[:, 0]
     logits = model.layout.constrain(logits, "rows", "vocab")
     uniform = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(slots.key, slots.count)
     drawn = draw(logits, slots.seen, uniform, knobs)
@@ -162,7 +161,7 @@ def _decode(model: Model, params: Any, slots: Slots, knobs: Knobs) -> Slots:
     rows = jnp.arange(running.size)
     at = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, old.shape[3] - ring + column, axis=3)
     return slots._replace(
-        cache=Cache(at(slots.cache.keys, new.keys), at(slots.cache.values, new.values)),
+        cache=jax.tree.map(at, slots.cache, new),
         hidden=hidden,
         seen=slots.seen.at[rows, drawn.token].max(running),
         count=count,
@@ -174,10 +173,10 @@ def _decode(model: Model, params: Any, slots: Slots, knobs: Knobs) -> Slots:
     )
 
 
-def _feed(model: Model, params: Any, slots: Slots, token: Array, count: Array, column: Array) -> tuple[Array, Cache]:
+def _feed(model: Drawable, params: Any, slots: Slots, token: Array, count: Array, column: Array) -> tuple[Any, Any]:
     """Hidden states behind the new token of each slot, and its keys and values; `count` has that token in."""
     ring = slots.tokens.shape[1]
-    prompt = slots.cache.keys.shape[3] - ring
+    prompt = jax.tree.leaves(slots.cache)[0].shape[3] - ring
     position, place = slots.prompt + count - 1, jnp.arange(prompt)[None]
     age = ((column - jnp.arange(ring)) % ring)[None]  # how many steps ago a column was written; 0 is the new token's
     before = jnp.where(place < slots.prompt[:, None], position[:, None] - place, 0)

@@ -18,6 +18,12 @@ README = HERE / "README.md"
 TPU = "jax[tpu]>=0.10.2,<0.13"
 # It pins the LaTeX parser that its results depend on.
 VERIFY = "math-verify>=0.9,<0.10"
+# GLAD and MACE; it brings scikit-learn and nltk.
+CROWD = "crowd-kit>=1.4.2,<2"
+# Judges behind an address: the client, and when it asks again.
+JUDGE = ["httpx>=0.28,<1", "tenacity>=9.1,<10"]
+# The labelling page: docs/adr/016-the-labelling-page.md.
+LABEL = ["starlette>=1.10,<2", "uvicorn>=0.54,<0.55"]
 
 setup(
     name="rlhf_jax",
@@ -28,6 +34,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlhf_jax", "rlhf_jax.*", "experiments", "experiments.*"]),
+    package_data={"rlhf_jax.feedback": ["*.txt"], "rlhf_jax.feedback.page": ["static/*"]},
     install_requires=[
         "absl-py>=2.5,<3",
         "chex>=0.1.92,<0.2",
@@ -44,6 +51,7 @@ setup(
         "qwix>=0.1.8,<0.2",
         "rich>=15,<16",
         "safetensors>=0.8,<1",
+        "scipy>=1.17,<2",
         "tensorboard>=2.21,<3",
         "transformers>=5.23,<6",
     ],
@@ -51,13 +59,20 @@ setup(
         "tpu": [TPU],
         "wandb": ["wandb>=0.31,<1"],
         "verify": [VERIFY],
+        "aggregate": [CROWD],
+        "judge": JUDGE,
+        "label": LABEL,
         "test": [
             "hypothesis>=6.170,<7",
+            "krippendorff>=0.9,<0.10",  # what its alpha is held against
             "pyright[nodejs]==1.1.414",  # a newer one finds other things
             "pytest>=9.2,<10",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17.6,<0.18",
             VERIFY,
+            CROWD,
+            *JUDGE,
+            *LABEL,
             # Compiling for a TPU needs libtpu and no TPU; it is made for this platform only.
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',
         ],

@@ -1,142 +1,164 @@
-"""Collects rankings of a model's answers: python -m experiments.label --model=RUN --prompts=FILE --out=FILE.jsonl.
+"""Lets people rank answers on a page of this machine: python -m experiments.label --tasks=FILE --labellers=ann,ben.
 
-Simulated people rank them where the prompts are of the synthetic world; --labellers=0 leaves the ranks to real ones.
-docs/rankings.md says what becomes of the rows.
+FILE holds prompts with several answers each, as `python -m experiments.rank --labellers=0` writes them.
+docs/labelling.md says what the page asks and what becomes of the answers.
 """
 
 import dataclasses
-import json
-import os
-from collections.abc import Sequence
+import pathlib
+import socket
 from typing import Annotated
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from etils import epath
-
-from rlhf_jax import flags, run
-from rlhf_jax.data import labellers, world
-from rlhf_jax.data.labellers import Labeller
-from rlhf_jax.data.prompts import Asked, read
-from rlhf_jax.data.tokens import Encoder
+from rlhf_jax import flags
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate.answers import Subject, answer
-from rlhf_jax.feedback import rankings
-from rlhf_jax.sampling.distribution import Sampling, check
-from rlhf_jax.sampling.sampler import Sampler
-from rlhf_jax.workdir import check_writable, open_policy
+from rlhf_jax.feedback import exchange
+from rlhf_jax.feedback.assignment import Terms
+from rlhf_jax.feedback.record import Record
+
+INSTALL = "pip install 'rlhf_jax[label]'"
+OPEN = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Label(Sampling):
-    """Draws several answers to each prompt and writes people's rankings of them, a row a prompt and person."""
+class Label(Terms):
+    """Serves tasks to people, and keeps what they say in a record; or adds judgements to one, or writes rows of it."""
 
-    model: Annotated[str, "workdir of a run (also WORKDIR@STEP, WORKDIR@best), model folder or Hub name"]
-    prompts: Annotated[str, "file of prompts: rows with prompt or messages, or any other file's lines"]
-    out: Annotated[str, "JSONL file to write; it must not exist"]
-    rows: Annotated[int | None, "most prompts used; none: all"] = None
-    answers: Annotated[int, "answers to each prompt"] = 4
-    labels: Annotated[int, "people that rank the answers to a prompt"] = 3
-    labellers: Annotated[int, "simulated people in the panel; 0: none, ranks are left for people to fill in"] = 5
-    labeller: Annotated[Labeller, "each of the panel; its seed is the panel's"] = Labeller()
-    chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizer's chat template"] = None
-    seed: Annotated[int, "of the answers, and of who is asked"] = 0
-
-
-LEAST = {"answers": 2, "labels": 1, "labellers": 0, "rows": 1}
-
-
-def check_flags(program: Label) -> Sampling:
-    """What says how answers are drawn. Errors: UserError for whatever can be seen before anything is opened."""
-    sampling = Sampling(**{f.name: getattr(program, f.name) for f in dataclasses.fields(Sampling)})
-    check(sampling, "--")
-    for name, least in LEAST.items():
-        if (value := getattr(program, name)) is not None and value < least:
-            raise UserError(f"--{name}={value} is not allowed; it must be at least {least}.")
-    if sampling.temperature == 0 or sampling.top_k == 1:
-        raise UserError("all answers to a prompt would be the same; give a --temperature above 0, and no --top_k=1.")
-    if not 0 <= program.seed < 2**32:
-        raise UserError(f"--seed={program.seed} is not allowed; it must be from 0 to {2**32 - 1}.")
-    of_people = (f for f in dataclasses.fields(program) if f.name in ("labels", "labeller"))
-    if unread := [f.name for f in of_people if not program.labellers and getattr(program, f.name) != f.default]:
-        raise UserError(f"--labellers=0 asks no simulated people and does not read --{unread[0]}; drop it.")
-    if not program.out:
-        raise UserError("there is no file to write; give --out=FILE.jsonl.")
-    return sampling
+    tasks: Annotated[str, "JSONL of prompts with completions (the record is FILE.db beside it), or a record, FILE.db"]
+    labellers: Annotated[tuple[str, ...], "names of the people that get a link each"] = ()
+    labels: Annotated[int, "people that judge each task"] = 3
+    guidelines: Annotated[str | None, "text or Markdown file shown beside each task; its hash is its version"] = None
+    scale: Annotated[int, "answers are also rated, 1 to this; 0: they aren't"] = 0
+    cost_per_hour: Annotated[float | None, "what an hour of a labeller costs; none: costs are not shown"] = None
+    host: Annotated[str, "address to listen at; any but this machine's own lets others in"] = "127.0.0.1"
+    port: Annotated[int, "port to listen at"] = 8017
+    new_links: Annotated[bool, "make new links for --labellers and the owner; the old ones end"] = False
+    judged: Annotated[str | None, "file of rankings, pairs, trees or sheets by people, added to the record"] = None
+    export: Annotated[str | None, "JSONL file to write; the program ends then"] = None
+    export_as: Annotated[exchange.Rows, "what --export writes"] = "rankings"
 
 
-def check_world(asked: Sequence[Asked]) -> None:
-    """Errors: UserError naming the first prompt that simulated people can't judge an answer to."""
-    for one in asked:
-        try:
-            world.parse(rankings.question_of(one.text))
-        except UserError:
-            raise UserError(
-                f"{one.where} is no prompt of the synthetic world, and its people rank answers to no others; give "
-                "--labellers=0 to leave the ranks to people, or prompts of python -m experiments.data --out=FOLDER."
-            ) from None
+def check_flags(program: Label) -> None:
+    """Errors: UserError for whatever can be seen before anything is opened."""
+    for name, least in {"labels": 1, "scale": 0, "port": 1}.items():
+        if getattr(program, name) < least:
+            raise UserError(f"--{name}={getattr(program, name)} is not allowed; it must be at least {least}.")
+    if program.scale == 1 or program.scale > 10:
+        raise UserError(f"--scale={program.scale} is not allowed; it must be 0, or from 2 to 10.")
+    if program.port > 65535:
+        raise UserError(f"--port={program.port} is not allowed; it must be at most 65535.")
+    if program.cost_per_hour is not None and not 0 <= program.cost_per_hour < 1e9:
+        raise UserError(f"--cost_per_hour={program.cost_per_hour} is not allowed; it must be at least 0.")
+    for name in program.labellers:
+        if not name.strip() or name != name.strip() or len(name) > 60 or not name.isprintable():
+            raise UserError(f"{name!r} is no name for a labeller; give --labellers=ann,ben.")
+    if program.export is not None and pathlib.Path(program.export).expanduser().exists():
+        raise UserError(f"--export={program.export} already exists; give a new file.")
+    if not (program.labellers or program.export or program.judged):
+        raise UserError("nobody is to label; give --labellers=ann,ben, or --export=FILE.jsonl, or --judged=FILE.")
 
 
-def open_out(path: str) -> epath.Path:
-    """The file to write. Errors: UserError if it is there, or its folder can't be written to."""
-    out = epath.Path(os.path.expanduser(path))
+def open_record(program: Label) -> Record:
+    """The record, with the tasks of the file in it. Errors: UserError where there is neither."""
+    file = pathlib.Path(program.tasks).expanduser()
+    if file.suffix == ".db":
+        if not file.exists() and program.judged is None:
+            raise UserError(f"there is no record {program.tasks}; give --tasks a file of prompts and answers first.")
+        return Record(file)
+    tasks = exchange.tasks_of(program.tasks, program.labels)
+    record = Record(file.with_suffix(".db"))
+    new = record.add(tasks)
+    print(f"{record.path}: {new} new tasks of {len(tasks)} in {program.tasks}, {len(record.tasks())} in all")
+    return record
+
+
+def add_judged(program: Label, record: Record, path: str) -> None:
+    """Adds judgements from elsewhere and says how many."""
+    count, new, left = exchange.judged(record, path, program.labels)
+    print(f"{new} new judgements of {count} in {path}; {len(left)} rows left out")
+    for reason in left[:3]:
+        print(f"  {reason}")
+
+
+def write(program: Label, record: Record, path: str) -> None:
+    """Writes rows. Errors: UserError if there are none, or the file can't be written."""
+    rows = exchange.EXPORTS[program.export_as](record)
+    if not rows:
+        raise UserError(
+            f"{record.path} holds no {program.export_as} yet; let people label, or give another --export_as."
+        )
+    file = pathlib.Path(path).expanduser()
     try:
-        there = out.exists()
-    except ImportError as error:  # gs:// needs a package of its own
-        raise UserError(f"--out={path} can't be written ({error}); install it or give another file.") from error
-    if there:
-        raise UserError(f"--out={path} already exists; give a new file.")
-    check_writable(out.parent, "out", "--out")
-    return out
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(exchange.lines(rows))
+    except OSError as error:
+        raise UserError(f"--export={path} can't be written ({error.strerror}); give another file.") from error
+    print(f"wrote {len(rows)} rows of {program.export_as} to {file}")
 
 
-def ask(program: Label, asked: Sequence[Asked], answers: Sequence[Sequence[str]]) -> list[rankings.Row]:
-    """The rows, ranked or blank."""
-    prompts = [one.text for one in asked]
-    if program.labellers:
-        knobs = {name: value for name, value in dataclasses.asdict(program.labeller).items() if name != "seed"}
-        people = labellers.panel(program.labellers, program.labeller.seed, **knobs)
-        return rankings.rank_answers(prompts, answers, people, program.labels, program.seed)
-    return rankings.blank_rankings(prompts, answers, [one.tools for one in asked])
+def links(program: Label, record: Record, address: str) -> None:
+    """Makes the links that are missing, and prints them: they are not kept, and can't be printed again."""
+    people = [(name, "labeller", "/") for name in program.labellers] + [("owner", "owner", "/board")]
+    for name, role, page in people:
+        secret = record.link(name, role, program.new_links)
+        told = f"{address}{page}#{secret}" if secret else "has a link already (--new_links makes another)"
+        print(f"{name:>12}: {told}")
 
 
-def tell(program: Label, rows: Sequence[rankings.Row], answers: Sequence[Sequence[str]]) -> None:
-    """Prints what was collected."""
-    ranked = len(rows) // (program.labels if program.labellers else 1)
-    print(f"{len(rows)} rows of {ranked} prompts; {len(answers) - ranked} left out, without two different answers")
-    if not program.labellers:
-        print("fill in ranks (a number a completion, the smallest the best) and labeller; docs/rankings.md")
-        return
-    gold = [value for row in rows[:: program.labels] for value in row["gold"]]
-    best = [row["gold"][row["ranks"].index(0.0)] for row in rows]
-    print(f"gold: {sum(gold) / len(gold):.2f} on average, {sum(best) / len(best):.2f} of those ranked best")
-    if min(program.labels, program.labellers) > 1:
-        agreed, w = rankings.agreement(rows), rankings.concordance(rows)
-        print(f"two people say the same of two answers: {agreed:.1%} (coins: 50%); Kendall's W: {w:.2f}", end="")
-        print(f" (coins: {1 / program.labels:.2f})")
+def serve(program: Label, record: Record) -> None:
+    """Serves the page until it is stopped. Errors: UserError without the web framework, or if the port is taken."""
+    try:
+        import uvicorn
+
+        from rlhf_jax.feedback.page import app
+    except ImportError as error:
+        raise UserError(f"the page needs a web framework ({error.name} is missing); run {INSTALL}.") from error
+    text = ""
+    if program.guidelines is not None:
+        try:
+            text = pathlib.Path(program.guidelines).expanduser().read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--guidelines={program.guidelines} can't be read ({error}); give a text file.") from error
+    terms = Terms(**{f.name: getattr(program, f.name) for f in dataclasses.fields(Terms)})
+    guidelines = text, record.guide(text)
+    desk = app.Desk(record, terms, guidelines, program.scale, program.cost_per_hour)
+    check_port(program)
+    if program.host not in OPEN:
+        print(
+            f"warning: --host={program.host} lets other machines in, without encryption: whoever can read the network"
+        )
+        print("         can read the links; keep it to a network that you trust, or behind a tunnel.")
+    shown = f"[{program.host}]" if ":" in program.host else program.host
+    links(program, record, f"http://{shown}:{program.port}")
+    print("each link is a secret of its own; stop with Ctrl+C, and start again with the same command", flush=True)
+    uvicorn.run(
+        app.make(desk, program.host), host=program.host, port=program.port, log_level="warning", access_log=False,
+        server_header=False, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+
+
+def check_port(program: Label) -> None:
+    """Errors: UserError if nothing can listen there: links that lead nowhere must not be printed."""
+    try:
+        family = socket.getaddrinfo(program.host, program.port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((program.host, program.port))
+    except OSError as error:
+        raise UserError(
+            f"nothing can listen at {program.host}:{program.port} ({error.strerror}); give another --port or --host."
+        ) from error
 
 
 def main(program: Label) -> None:
     """Runs it."""
-    sampling = check_flags(program)
-    asked = read(program.prompts)[: program.rows]
-    if program.labellers:
-        check_world(asked)
-    out = open_out(program.out)
-    run.use_compile_cache()
-    policy = open_policy(program.model, flag="--model")
-    subject = Subject(program.model, policy.model, policy.params, policy.tokenizer, policy.end_ids)
-    encoder = Encoder(policy.tokenizer, program.chat_template)
-    sampler = Sampler(policy.model, samples=program.answers)
-    prompts, tools = [one.text for one in asked], [one.tools for one in asked]
-    answers = answer(subject, encoder, sampler, prompts, sampling, program.seed, tools).texts
-    rows = ask(program, asked, answers)
-    if not rows:
-        raise UserError("no prompt got two different answers, so there is nothing to rank; raise --temperature.")
-    tell(program, rows, answers)
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {out}")
+    check_flags(program)
+    record = open_record(program)
+    if program.judged is not None:
+        add_judged(program, record, program.judged)
+    if program.export is not None:
+        write(program, record, program.export)
+    elif program.labellers:
+        serve(program, record)
 
 
 if __name__ == "__main__":

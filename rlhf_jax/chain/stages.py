@@ -99,7 +99,9 @@ def train(chain: Chain, workdir: str) -> Products | None:
         if chain.labels.by == PEOPLE:
             print(
                 "people rank now: fill in ranks (a number a completion, the smallest the best) and labeller in a copy "
-                f"of {file}, then give the same command with --config.inputs.labels=COPY"
+                f"of {file}, or let them do it on a page (python -m experiments.label --tasks={file} "
+                "--labellers=NAMES, then --export=COPY in the place of --labellers; docs/labelling.md); then give the "
+                "same command with --config.inputs.labels=COPY"
             )
             return None
         products["labels"] = os.fspath(file)

@@ -225,13 +225,13 @@ def finegrained(columns: Columns, chat: bool) -> tuple[Demonstration, ...]:
     good = [text for text in dict.fromkeys(texts) if text.strip()]
     if not good:
         raise Refusal("'gold' and 'corrected-prediction' are empty answers")
-    return tuple(Demonstration(_from_passages(columns, chat), reply(text, chat)) for text in good)
+    return tuple(Demonstration(from_passages(columns, chat), reply(text, chat)) for text in good)
 
 
 def finegrained_pairs(columns: Columns, chat: bool) -> tuple[Preference, ...]:
     """Each two of the four predictions of which one was preferred."""
-    predictions, choices = _six_choices(columns)
-    prompt = _from_passages(columns, chat)
+    predictions, choices = six_choices(columns)
+    prompt = from_passages(columns, chat)
     pairs = [
         _compared(prompt, pair, choice - 1, chat)
         for pair, choice in zip(itertools.combinations(predictions, 2), choices, strict=True)
@@ -244,7 +244,7 @@ def finegrained_pairs(columns: Columns, chat: bool) -> tuple[Preference, ...]:
 
 def finegrained_ranking(columns: Columns, chat: bool) -> Ranking:
     """The four predictions by how often each was preferred, a tie half a time for both; equal ones stand once."""
-    predictions, choices = _six_choices(columns)
+    predictions, choices = six_choices(columns)
     wins = [0.0] * 4
     for (first, second), choice in zip(itertools.combinations(range(4), 2), choices, strict=True):
         wins[first] += (0.5, 1, 0)[choice]
@@ -253,10 +253,10 @@ def finegrained_ranking(columns: Columns, chat: bool) -> Ranking:
     for text, won in zip(predictions, wins, strict=True):
         if text.strip():
             ranks.setdefault(text, -won)
-    return Ranking(_from_passages(columns, chat), tuple(reply(text, chat) for text in ranks), tuple(ranks.values()))
+    return Ranking(from_passages(columns, chat), tuple(reply(text, chat) for text in ranks), tuple(ranks.values()))
 
 
-def _six_choices(columns: Columns) -> tuple[list[str], list[int]]:
+def six_choices(columns: Columns) -> tuple[list[str], list[int]]:
     """Four predictions and what was preferred of each two: 1 the first, 2 the second, 0 neither."""
     predictions = _strings(columns, *(f"prediction {n}" for n in (1, 2, 3, 4)))
     choices = [whole(value, "preference") for value in entries(columns["preference"], "preference")]
@@ -277,7 +277,7 @@ def finegrained_spans(columns: Columns, chat: bool) -> Stepwise:
     cuts = itertools.pairwise(sorted({0, len(text), *itertools.chain(*spans)}))
     pieces = [(text[a:b], float(not any(start <= a and b <= end for start, end in spans))) for a, b in cuts]
     steps, labels = zip(*pieces, strict=True)
-    return Stepwise(_from_passages(columns, chat), tuple(reply(step, chat) for step in steps), labels)
+    return Stepwise(from_passages(columns, chat), tuple(reply(step, chat) for step in steps), labels)
 
 
 def _before_space(text: str, place: int) -> int:
@@ -285,7 +285,7 @@ def _before_space(text: str, place: int) -> int:
     return len(text[:place].rstrip()) if place < len(text) else place
 
 
-def _from_passages(columns: Columns, chat: bool) -> Text:
+def from_passages(columns: Columns, chat: bool) -> Text:
     """The passages, each a title and its sentences, and then the question: a prompt is cut at its beginning."""
     found = [entries(one, "passages") for one in perhaps(columns["passages"], "passages") if one]
     passages = [[string(part, "passages") for part in one] for one in found]

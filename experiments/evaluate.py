@@ -105,7 +105,7 @@ def tell(block: report.Table) -> None:
     """Prints a table of the report."""
     drawn = Table(title=block.title)
     for column in block.columns:
-        drawn.add_column(column)
+        drawn.add_column(column, overflow="fold")  # names are told apart by their ends as well
     for row in block.rows:
         drawn.add_row(*map(str, row))
     Console().print(drawn)

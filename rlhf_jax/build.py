@@ -24,7 +24,7 @@ from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
 from rlhf_jax.ops.layout import Layout
-from rlhf_jax.workdir import open_policy, open_rewards
+from rlhf_jax.workdir import open_rewards
 
 T = TypeVar("T")
 
@@ -188,7 +188,7 @@ def build(config: Config, workdir: epath.Path, memory: Memory | None = None) -> 
     begun = surround.Start(found, model, tokenizer, encoder, mesh, (*data.train, *data.evaluation), length)
     opened = surround.Open(
         lambda path, flag: memory.get(("rewards", path, config.mesh), lambda: open_rewards(path, mesh=mesh, flag=flag)),
-        lambda path, flag: memory.get(("policy", path, config.mesh), lambda: open_policy(path, mesh=mesh, flag=flag)),
+        lambda make: memory.get(("teacher", config.distill.teacher, config.model, config.mesh, length), make),
     )
     around = surround.surround(config, begun, opened) if form == "prompt" else None
     return Built(

@@ -70,7 +70,7 @@ class Train:
 
     steps: Annotated[int | None, "optimiser updates; none: one pass over the data"] = None
     batch_size: Annotated[int, "rows of an update: pairs, labelled answers, demonstrations or completions"] = 8
-    microbatches: Annotated[int, "pieces that an update's rows are differentiated in, to save memory"] = 1
+    microbatches: Annotated[int, "pieces that an update's rows are differentiated in (rollouts are measured in as large ones), to save memory"] = 1
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "of gradients summed over microbatches"] = "float32"
     balance: Annotated[
         float | None, "weight of the term that spreads tokens over a mixture's experts; none: that of its config.json"
@@ -129,5 +129,6 @@ MAY_CHANGE_ON_RESUME = (
     "log.",
     "data.threads",
     "rollout.slots",
+    "distill.teacher",  # its identity is held, see `teacher.check_teacher`
     "rewards.deadline",
 )

@@ -36,7 +36,7 @@ from rlhf_jax.initial import (
 from rlhf_jax.members import Axis, Member, Way, patience
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.teacher import check_teacher
-from rlhf_jax.workdir import check_base, last_line, open_workdir
+from rlhf_jax.workdir import NOTES, check_base, check_note, last_line, open_workdir
 
 
 def use_compile_cache() -> None:
@@ -77,26 +77,42 @@ def train(config: Config, workdir: str, resume: bool = False) -> Result:
     built = build(config, place)
     if step is not None and step >= built.steps:
         return _finished(place, step)
-    begin(built)
+    begin(built, step)
     announce(built)
     return Run([built], step).train()[0]
 
 
-def begin(built: Built) -> None:
+def begin(built: Built, step: int | None = None) -> None:
     """Writes what a run's folder holds before its first step.
 
-    Errors: UserError for an adapter's folder that was started on other weights, and one that had another teacher.
+    Args: step: the checkpoint that it goes on from; None: it starts, whatever an earlier start left there.
+    Errors: UserError for a run that was started on other weights, with another teacher or another reward model.
     """
     place, main = built.workdir, jax.process_index() == 0
+    if main and step is None:
+        for note in NOTES:
+            (place / note).unlink(missing_ok=True)
+    _check_notes(built, write=main)
     if main:
         part = place / "config.json.part"  # so that a kill leaves the whole file or none
         part.write_text(json.dumps(fields.to_dict(built.config), indent=2) + "\n")
         part.replace(place / "config.json")
         built.data.report.write(os.fspath(place / "rows.jsonl"))
-    if built.model.adapter is not None or built.refers:  # checkpoints don't hold what the policy is held against
-        check_base(place, built.start, write=main)
-    if built.online is not None and built.online.teacher is not None:
-        check_teacher(place, built.online.teacher, write=main)
+
+
+def _check_notes(built: Built, write: bool) -> None:
+    """Holds a run to the models that its checkpoints don't hold: its base or reference, its teacher, what scores it."""
+    place, online = built.workdir, built.online
+    if built.model.adapter is not None or built.refers:
+        check_base(place, built.start, write)
+    if online is not None and online.teacher is not None:
+        check_teacher(place, online.teacher, write)
+    if online is not None and online.scored_by is not None:
+        says = (
+            f"the reward model {built.config.rewards.model} is not the one that {str(place)!r} was started with; put "
+            "its weights back or give another --workdir."
+        )
+        check_note(place / "rewards", online.scored_by(), says, write)
 
 
 def _finished(workdir: epath.Path, step: int, why: str = "there is nothing left to do") -> Result:

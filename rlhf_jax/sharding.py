@@ -91,11 +91,11 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def rule(path: str) -> PartitionSpec:
-    """The partition of the parameter at `path`, of a model alone or of policy and value, or policy and reference.
+    """The partition of the parameter at `path`, of a model alone or of one of several.
 
     Errors: KeyError naming a path no rule matches.
     """
-    own = path.removeprefix("policy/").removeprefix("value/").removeprefix("reference/")
+    own = re.sub("^(policy|value|reference|base|teacher)/", "", path)
     for pattern, spec in RULES:
         if re.fullmatch(pattern, own):
             return spec

@@ -33,18 +33,19 @@ from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.mixture import Drawable, Mixture
 from rlhf_jax.sampling.sampler import Completion, Sampler
 from rlhf_jax.teacher import Teacher, open_teacher
-from rlhf_jax.workdir import Policy, end_ids
+from rlhf_jax.workdir import Policy, end_ids, open_policy
 
 VALUE = INIT + 1000  # purpose of a value's random weights, where the policy's are random too
+REWARD_FLAG = "--config.rewards.model"
 SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
 MODEL = "model"  # the name of the reward model's score beside those of functions
 
 
 class Open(NamedTuple):
-    """Gives what a path holds, the same for the same path; of each the arguments are the path and the flag."""
+    """Gives what is opened once for all experiments of a program."""
 
-    rewards: Callable[[str, str], Sequence[Policy]]  # a reward model, or the members of an ensemble
-    policy: Callable[[str, str], Policy]
+    rewards: Callable[[str, str], Sequence[Policy]]  # of a path and its flag: a reward model, or an ensemble's members
+    teacher: Callable[[Callable[[], Teacher]], Teacher]  # what the argument made when it was first asked
 
 
 class Start(NamedTuple):
@@ -78,6 +79,7 @@ class Online(NamedTuple):
     rollout: RolloutConfig
     teacher: Teacher | None  # None for a method without one
     pieces: int  # that a rollout is read in
+    scored_by: Callable[[], str] | None  # the identity of the reward model; None without one
 
     def describe(self, prompts: int) -> str:
         """A rollout in a line."""
@@ -119,11 +121,12 @@ def surround(config: Config, begun: Start, opened: Open) -> Online:
     teacher = _teacher(config, begun, opened)
     model = _reward_model(rewards, opened) if rewards.model is not None else None
     value_model, value = _value(config, begun, model, opened)
+    named = lambda: "\n".join(one.identify() for one in opened.rewards(str(rewards.model), REWARD_FLAG))
     mixture = Mixture(begun.model, begun.model.without_adapter())
     return Online(
         Models(begun.model, value_model, None if teacher is None else teacher.model), value,
         Draw(begun, rollout, begun.model), Draw(begun, rollout, mixture), Score(begun, rewards, model, pieces),
-        _pretrain(config, begun), rollout, teacher, pieces,
+        _pretrain(config, begun), rollout, teacher, pieces, None if model is None else named,
     )  # fmt: skip
 
 
@@ -313,7 +316,7 @@ def _answer_scores(model: Model, pieces: int, params: Any, batch: Batch) -> jax.
 
 
 def _reward_model(config: RewardsConfig, opened: Open) -> Rewards:
-    members = opened.rewards(str(config.model), "--config.rewards.model")
+    members = opened.rewards(str(config.model), REWARD_FLAG)
     if len(members) == 1 and config.how != "mean":
         raise UserError(
             f"--config.rewards.how={config.how} is of the members of an ensemble, and {config.model} holds one model; "
@@ -369,7 +372,9 @@ def _first(path: str | None, opened: Open, reward: Rewards | None) -> Subject:
 def _teacher(config: Config, begun: Start, opened: Open) -> Teacher | None:
     if config.algorithm != "distill":
         return None
-    return open_teacher(str(config.distill.teacher), opened.policy, begun.model, begun.tokenizer, begun.length)
+    read = lambda path, flag: open_policy(path, mesh=begun.mesh, flag=flag)
+    teacher = str(config.distill.teacher)
+    return opened.teacher(lambda: open_teacher(teacher, read, begun.model, begun.tokenizer, begun.length))
 
 
 # ---- text beside

@@ -158,7 +158,7 @@ def train_group(group: Sequence[Ready], way: Way = "map") -> None:
     if first.step is not None and first.step >= first.built.steps:
         return
     for one in group:
-        begin(one.built)
+        begin(one.built, one.step)
     announce(first.built)
     names = ", ".join(one.member.name for one in group)
     print(f"together: {len(group)} members in one program: {names}", flush=True)

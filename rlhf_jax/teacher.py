@@ -1,6 +1,5 @@
 """A teacher: another model that a student is held against at each step, opened and checked before anything compiles."""
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from etils import epath
 
 from rlhf_jax import sharding
-from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.workdir import Policy, check_note
@@ -32,8 +30,8 @@ def open_teacher(
 ) -> Teacher:
     """The teacher as the student's run computes it.
 
-    It never moves, so that it is held in the compute dtype. Chat templates may differ: both read the prompts as the
-    student's template writes them.
+    It never moves, so that it is held in the compute dtype. Templates, what a text begins with and what ends it may
+    differ: both read prompts as the student's tokenizer writes them, and the student ends its answers.
 
     Args:
       opened: gives the model behind a name on the student's mesh; also takes the flag that named it.
@@ -42,7 +40,7 @@ def open_teacher(
     Errors: UserError for a model of other tokens, and for one with a shorter context.
     """
     policy = opened(name, FLAG)
-    if _tokens(policy.tokenizer) != _tokens(tokenizer):
+    if policy.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"the teacher {name} has another tokenizer than the student, and a token must mean the same to both; give "
             f"{FLAG} a model with the student's."
@@ -64,13 +62,6 @@ def open_teacher(
     mesh = student.layout.mesh
     held = held if mesh is None else jax.device_put(held, sharding.param_shardings(held, mesh))
     return Teacher(name, model, held, policy.identify())
-
-
-def _tokens(tokenizer: Any) -> str:
-    """What decides which text each token is, and which ones begin and end it; not how a chat is written."""
-    plain = copy.copy(tokenizer)
-    plain.chat_template = None
-    return Encoder(plain).fingerprint
 
 
 def check_teacher(workdir: epath.Path, teacher: Teacher, write: bool = False) -> None:

@@ -180,6 +180,9 @@ def load_policy(workdir: epath.Path, step: int | None = None, mesh: jax.sharding
     return Policy(model, params, tokenizer, step, end_ids(found), identify)
 
 
+NOTES = ("base", "teacher", "rewards")  # files that name the models which a run's checkpoints don't hold
+
+
 def check_note(note: epath.Path, own: str, says: str, write: bool) -> None:
     """Holds a run to what its folder notes of a model that its checkpoints don't hold.
 

@@ -305,7 +305,7 @@ def test_prompts_are_looked_at_before_the_first_stage(chain, tmp_path, monkeypat
         ({"sft.train.steps": 9}, "sft", None),  # the run itself goes on
         ({"sft.train.steps": 9}, "labels", "labels"),
         ({"sft.data.eval_share": 0.5}, "ppo", "ppo"),
-        ({"sft.log.every": 3, "cache": "x", "reward.mesh.fsdp": 1}, "dpo", None),
+        ({"sft.log.wandb_project": "x", "cache": "x", "reward.mesh.fsdp": 1}, "dpo", None),
         ({"labels.answers": 4}, "labels", "labels"),
         ({"labels.answers": 4}, "sft", None),
         ({"reward.train.steps": 9}, "dpo", None),

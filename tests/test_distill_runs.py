@@ -99,12 +99,15 @@ def test_a_run_goes_on_with_its_own_teacher_alone(place):
     teacher = {"distill__teacher": str(place / "replaced")}
     shutil.copytree(place / "teacher", place / "replaced")
     train(place, "short", **teacher, train__steps=2)
-    run.begin(build(config_of(place, **teacher), epath.Path(place / "short")))
+    run.begin(build(config_of(place, **teacher), epath.Path(place / "short")), 2)
+    moved = {"distill__teacher": str(shutil.copytree(place / "teacher", place / "elsewhere"))}
+    train(place, "short", **moved, train__steps=4)  # the same weights by another name
     weights = bytearray((place / "replaced" / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (place / "replaced" / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="replaced is not the one that .*short' was started with; put its weights"):
         train(place, "short", **teacher)
+    run.begin(build(config_of(place, **teacher), epath.Path(place / "short")))  # what starts anew is held to nothing
 
 
 def test_a_run_teaches_too_and_each_of_its_checkpoints_is_another_teacher(whole, place):
@@ -112,7 +115,8 @@ def test_a_run_teaches_too_and_each_of_its_checkpoints_is_another_teacher(whole,
     made: list[Any] = [opened(at) for at in ("", "@8", "@6")]
     newest, last, before = (one.teacher for one in made)
     assert newest.identity == last.identity != before.identity
-    assert all(map(np.array_equal, map(np.asarray, jax.tree.leaves(newest.params)), policy_of(whole)))
+    for held, trained in zip(jax.tree.leaves(newest.params), policy_of(whole), strict=True):
+        np.testing.assert_array_equal(held, trained)
     assert f"taught by {whole};" in made[0].describe(8) and "scored" not in made[0].describe(8)
 
 
@@ -178,6 +182,14 @@ def templated(folder: pathlib.Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
 
 
+def ended(folder: pathlib.Path) -> None:
+    """Another token ends its texts, as in an instruct model beside its base."""
+    file = folder / "tokenizer_config.json"
+    written = json.loads(file.read_text())
+    assert written["eos_token"] != "a"
+    file.write_text(json.dumps(written | {"eos_token": "a"}))
+
+
 def shortened(folder: pathlib.Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
@@ -188,6 +200,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "context": (shortened, {}, "64 tokens and the context of the teacher .* is 32; lower"),
     "mesh": (lambda folder: None, {"mesh__fsdp": 8, "train__batch_size": 8}, "fsdp=8 does not divide the 36"),
     "another template": (templated, {}, ""),
+    "another end": (ended, {}, ""),
     "shorter rows": (shortened, {"data__length": 32}, ""),
 }
 

@@ -10,6 +10,16 @@ from rlhf_jax import fields
 from rlhf_jax.errors import UserError
 from tests.toy import Alone, Config, Data, Inner, Loss, Train
 
+
+@pytest.mark.parametrize("path", ["steps", "data", "train.step"])
+def test_a_change_of_what_is_no_leaf_is_refused(path):
+    with pytest.raises(UserError, match=f"there is no field {path} to change; the nearest is"):
+        fields.replace(Config(), {path: 1})
+    with pytest.raises(UserError, match=f"there is no field config.{path} to change"):
+        fields.replace(Config(), {f"config.{path}": 1}, "config")
+    assert fields.replace(Config(), {"elsewhere.x": 1}, "config") == Config()
+
+
 finite = st.floats(allow_nan=False)
 words = st.text()
 configs = st.builds(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -173,6 +174,18 @@ def test_the_value_begins_as_the_reward_model_in_reward_units(place):
     started.state, _ = started.step(started.state, started.frozen, batch)
     workdir = train(place, "from_reward", **config)
     assert 0 < lines(workdir / "metrics.jsonl")[0]["val/loss"] < math.inf
+
+
+def test_a_run_goes_on_with_its_own_reward_model_alone(place):
+    config = {"rewards__functions": (), "rewards__model": str(shutil.copytree(place / "reward", place / "judge"))}
+    built = build(config_of(place, **config), epath.Path(place / "judged"))
+    built.workdir.mkdir()
+    run.begin(built)
+    run.begin(built, 2)
+    (place / "judge" / "checkpoints" / "6" / "state" / "more").write_text("")
+    with pytest.raises(UserError, match="judge is not the one that .*judged' was started with; put its weights back"):
+        run.begin(built, 2)
+    run.begin(built)
 
 
 def test_a_value_of_its_own_begins_as_the_policy_with_a_new_head_or_is_a_head_of_the_policy(place):

@@ -32,6 +32,7 @@ from rlhf_jax.ops.kl import k2
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from rlhf_jax.sampling.sampler import Completion
+from rlhf_jax.surround import _answer_scores
 from tests import problem
 from tests.problem import scores
 from tests.test_ppo import PART, PARTS, Told, key, numbers, params
@@ -62,9 +63,11 @@ def test_prompts_and_completions_are_placed_from_the_left():
             place(prompts, said, length, rows=rows)
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_measured_columns_are_of_the_tempered_softmax_and_of_the_score_before_each_token(pieces: int):
-    model, value, rows = problem.make_model(), problem.make_model().with_head("score"), problem.make_rows(3, 8, 1)
+@pytest.mark.parametrize(("pieces", "mesh"), [(1, None), (4, None), (2, (2, 2, 2))])
+def test_measured_columns_are_of_the_tempered_softmax_and_of_the_score_before_each_token(pieces: int, mesh: Any):
+    several = None if mesh is None else sharding.make_mesh(sharding.MeshShape(*mesh))
+    model, rows = problem.make_model(several), problem.make_rows(3, 8, 1)
+    value = model.with_head("score")
     batch = {name: jnp.asarray(rows[name]) for name in ("tokens", "mask", "segments", "positions")}
     policy, judged = Asked(model, params()["policy"]), Asked(value, params()["value"])
 
@@ -81,6 +84,8 @@ def test_measured_columns_are_of_the_tempered_softmax_and_of_the_score_before_ea
     mask = rows["mask"][:, 0, 1:]
     np.testing.assert_allclose(found["old_logprobs"][:, 0, 1:][mask], said[mask], atol=1e-5)
     np.testing.assert_array_equal(found["ref_logprobs"], found["old_logprobs"])
+    whole, told = (_answer_scores(value, n, judged.params, batch | {"weight": rows["weight"]}) for n in (1, pieces))
+    np.testing.assert_allclose(told, whole, rtol=1e-5, atol=1e-6)
     rtol = 1e-6 if pieces == 1 else 1e-5  # in pieces it is another program, and rounds otherwise
     np.testing.assert_allclose(found["values"][:, 0, 1:][mask], scores[:, :-1][mask], rtol=rtol)
     for column in found.values():

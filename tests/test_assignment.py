@@ -35,7 +35,7 @@ def work(path, who):
     record, terms = Record(path), Terms(tests=0.0)
     while (now := turn(record, who, terms)).state in ("task", "wait"):
         if now.task is not None:
-            shown = order(who, now.id, now.task)
+            shown = order(record, who, now.id, now.task)
             said = dict(id=uuid.uuid4().hex, task=now.id, labeller=who, ranks=(0.0, 1.0, 2.0), shown=shown)
             with contextlib.suppress(Taken):  # judged in the other window
                 answer(record, Judgement(**said))
@@ -76,6 +76,21 @@ def test_a_lease_ends_and_a_late_answer_is_kept(record):
     assert answer(record, say(task(0), "ann", "a")), "a person's work is not thrown away"
     with pytest.raises(Taken, match="is not with cy"):
         answer(record, say(task(0), "cy", "c"))
+
+
+def test_a_task_that_went_to_another_is_not_taken_back_and_neither_waits_for_the_other(record):
+    record.add([task(0, labels=1)])
+    turn(record, "ann", PLAIN, at=0.0)
+    assert turn(record, "ben", PLAIN, at=1900.0).state == "task"
+    keep(record, task(0).id, "ann", {"note": "late"}, PLAIN, at=1950.0)
+    assert record.draft(task(0).id, "ann") == {"note": "late"}, "but what was begun is kept"
+    assert turn(record, "ann", PLAIN, at=2000.0).state == "wait"
+    assert turn(record, "ben", PLAIN, at=2000.0).state == "task", "one of them can go on"
+    with record.change() as db:  # both hold it, as older programs let them
+        db.execute("UPDATE leases SET until = 9000.0")
+    assert [turn(record, who, PLAIN, at=2100.0).state for who in ("ann", "ben", "cy")] == ["task", "task", "wait"]
+    keep(record, task(0).id, "ann", {}, PLAIN, at=9999.0)
+    assert turn(record, "ben", PLAIN, at=9999.0).state == "wait", "what is free again is whose sign of life comes first"
 
 
 def test_who_comes_back_gets_the_same_task_and_draft(record):
@@ -129,6 +144,7 @@ def test_the_first_round_stops_who_answers_otherwise(record):
 def test_tests_come_as_often_as_they_should_and_are_everyones(record):
     record.add([task(number, labels=2) for number in range(30)])
     record.add([task(number, gold=(0, 1, 2), labels=1) for number in range(100, 130)])
+    record.salt = bytes(32)  # or it would be drawn by chance
     terms = Terms(tests=0.3)
     share = {}
     for who in ("ann", "ben"):
@@ -154,7 +170,7 @@ def test_right_counts_the_pairs_that_are_ordered_as_gold(gold, ranks):
     assert right(Judgement(id="1", task=one.id, labeller="a", kind="unsure"), one) == (3, 6)
 
 
-def test_the_blind_order_is_everyones_own_and_always_the_same():
-    orders = {order(who, task(n).id, task(n)) for who in "abcdefgh" for n in range(8)}
-    assert orders == set(itertools.permutations(range(3)))
-    assert order("ann", task().id, task()) == order("ann", task().id, task())
+def test_the_blind_order_is_everyones_own_and_always_the_same_and_no_other_records(record, tmp_path):
+    orders = lambda one: [order(one, who, task(n).id, task(n)) for who in "abcdefgh" for n in range(16)]
+    assert set(orders(record)) == set(itertools.permutations(range(3)))
+    assert orders(record) == orders(Record(record.path)) != orders(Record(tmp_path / "other.db"))

@@ -60,14 +60,14 @@ class Place:
 
 
 @contextlib.contextmanager
-def served(record: Record, host: str = "127.0.0.1", **more: Any) -> Iterator[Place]:
+def served(record: Record, host: str = "127.0.0.1", address: str = "", **more: Any) -> Iterator[Place]:
     desk = app.Desk(record, **{"terms": Terms(tests=0.0), "guidelines": ("Be kind.", record.guide("Be kind.")), **more})
     secrets = {who: record.link(who, "labeller") or "" for who in ("ann", "ben")}
     secrets["owner"] = record.link("owner", "owner") or ""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         probe.listen()
-        server = uvicorn.Server(uvicorn.Config(app.make(desk, host), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(uvicorn.Config(app.make(desk, host, address), log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [probe]})
         thread.start()
         try:
@@ -110,6 +110,10 @@ def test_a_stranger_is_told_nothing(place):
         ({"host": "evil.example"}, 421),
         ({"host": "127.0.0.1.evil.example"}, 421),
         ({"host": ""}, 421),
+        ({"host": "[::1"}, 421),
+        ({"host": "["}, 421),
+        ({"origin": "http://["}, 403),
+        ({"origin": "http://[::1"}, 403),
         ({"content_length": "99999999"}, 413),
     ],
     ids=str,
@@ -144,6 +148,27 @@ def test_a_server_for_others_answers_to_its_number_and_its_name(tmp_path):
             assert place.raw("GET", "/", None, {"host": host}).status == status
 
 
+def test_behind_a_proxy_it_answers_to_the_address_of_the_links(tmp_path):
+    record = Record(tmp_path / "record.db")
+    record.add([task()])
+    with served(record, address="https://desk.example") as place:
+        shown, local = place.turn("ann")["task"], f"127.0.0.1:{place.port}"
+        for host in ("desk.example", local):  # some proxies pass the name on, some put ours in its place
+            own = {"host": host, "origin": "https://desk.example", "sec_fetch_site": "same-origin"}
+            assert place.ask("ann", "/api/judgement", _said(shown), **own)[0] == 200
+            assert place.ask("ann", "/api/judgement", _said(shown), host=host, origin="https://evil.example")[0] == 403
+        assert place.ask("ann", "/api/turn", host="evil.example")[0] == 421
+
+
+def test_whoever_is_no_longer_among_the_labellers_is_not_let_in(tmp_path):
+    record = Record(tmp_path / "record.db")
+    record.add([task()])
+    with served(record, labellers=("ben",)) as place:
+        status, told = place.ask("ann", "/api/turn")
+        assert status == 401 and "ask for a new one" in told["error"]
+        assert place.ask("ben", "/api/turn")[0] == 200 and place.ask("owner", "/api/overview")[0] == 200
+
+
 def test_the_page_asks_no_other_server_and_has_no_script_of_its_own(place):
     for path in ("/", "/board"):
         page = place.raw("GET", path, None, {}).text  # type: ignore[attr-defined]
@@ -160,6 +185,7 @@ def test_the_page_asks_no_other_server_and_has_no_script_of_its_own(place):
 def test_a_body_is_bounded_and_must_be_an_object(place):
     for body, status in (
         (b"x" * 600_000, 413), (b"", 400), (b"[1]", 400), (b"{", 400), (b'{"draft": NaN}', 400), (b"[" * 100_000, 400),
+        (b'{"task": "x", "draft": {"seconds": 1e999}}', 400), (b'{"task": "x", "draft": {"seconds": -1e999}}', 400),
         (b'{"task": "\\ud800"}', 400), ("{\"task\": \"\xff\"}".encode("latin-1"), 400),
     ):  # fmt: skip
         found, told = place.ask("ann", "/api/draft", body)
@@ -200,21 +226,33 @@ def test_what_is_said_in_the_order_shown_stands_in_the_order_of_the_task(place):
     assert status == 200 and text.count("\n") == 8 and place.ask("owner", "/api/rows/nothing")[0] == 404
 
 
+def test_an_answer_that_was_not_changed_is_no_rewriting(place):
+    shown = place.turn("ann")["task"]
+    rewrites = [[0, shown["answers"][0]], [1, "mine"], [2, shown["answers"][2]]]
+    assert place.judge("ann", "1", shown, [0, 1, 2], rewrites=rewrites)[0] == 200
+    ((_, text),) = place.record.judgements()[0].rewrites
+    assert text == "mine" and len(exchange.demonstrations(place.record)) == 1
+
+
+def test_a_new_link_finds_what_the_old_one_left_and_nobody_elses(tmp_path, place):
+    before = place.turn("ann")["shelf"]
+    place.secrets["ann"] = place.record.link("ann", "labeller", renew=True) or ""
+    assert place.turn("ann")["shelf"] == before != place.turn("ben")["shelf"]
+    with served(Record(tmp_path / "other.db")) as other:
+        assert other.turn("ann")["shelf"] != before
+
+
 def test_a_draft_and_an_undo_go_round(place):
     shown = place.turn("ann")["task"]
-    assert place.ask("ann", "/api/draft", {"task": shown["id"], "draft": {"places": [1, 0, 0]}}) == (
-        200,
-        {"kept": True},
-    )
+    begun = {"task": shown["id"], "draft": {"places": [1, 0, 0]}}
+    assert place.ask("ann", "/api/draft", begun) == (200, {"kept": True})
     assert place.turn("ann")["task"]["draft"] == {"places": [1, 0, 0]} and place.turn("ben")["task"]["draft"] is None
     said = {"flags": [["false"], [], []], "note": "hm", "rewrites": [[2, "mine"]]}
     place.judge("ann", "1", shown, [2, 0, 1], **said)
     assert place.ask("ann", "/api/draft", {"task": shown["id"], "draft": {}})[0] == 409
     assert place.ask("ben", "/api/undo", {"last": "1", "id": "u"})[0] == 409
-    assert [place.ask("ann", "/api/undo", {"last": "1", "id": "u"})[1] for _ in range(2)] == [
-        {"new": True},
-        {"new": False},
-    ]
+    for new in (True, False):
+        assert place.ask("ann", "/api/undo", {"last": "1", "id": "u"})[1] == {"new": new}
     again = place.turn("ann")["task"]
     assert again["before"] == {"kind": "ranking", "ranks": [2, 0, 1], "marks": [], "ratings": []} | said
     assert place.judge("ann", "2", again, [0, 1, 2])[0] == 200
@@ -260,8 +298,8 @@ def test_an_answer_full_of_html_is_text(tmp_path):
         assert reply.headers["content-type"] == "application/json" and HTML in json.loads(reply.text)["task"]["answers"]  # type: ignore[attr-defined]
         shown = place.turn("ann")["task"]
         assert shown["prompt"] == [{"role": "user", "text": HTML}]
-        assert place.judge("ann", "1", shown, [0, 1], ratings=[5, None], rewrites=[[0, HTML]])[0] == 200
-    assert exchange.demonstrations(record)[0]["completion"] == HTML
+        assert place.judge("ann", "1", shown, [0, 1], ratings=[5, None], rewrites=[[0, f"{HTML}!"]])[0] == 200
+    assert exchange.demonstrations(record)[0]["completion"] == f"{HTML}!"
 
 
 # The program
@@ -286,8 +324,11 @@ def test_rows_go_in_and_out_of_the_program(tmp_path, capsys, monkeypatch):
     run(f"--tasks={tmp_path}/blank.db", "--labellers=ann", "--port=8019")
     assert "ann: has a link already" in capsys.readouterr().out
     run(f"--tasks={tmp_path}/blank.db", "--labellers=ann", "--new_links", "--host=0.0.0.0", "--port=8019")
+    told, name = capsys.readouterr().out, socket.gethostname().lower()
+    assert "warning: --host=0.0.0.0 lets other machines in" in told and f"ann: http://{name}:8019/#" in told
+    run(f"--tasks={tmp_path}/blank.db", "--new_links", "--address=https://Desk.example/", "--port=8019")
     told = capsys.readouterr().out
-    assert "warning: --host=0.0.0.0 lets other machines in" in told and "ann: http://0.0.0.0:8019/#" in told
+    assert "owner: https://desk.example/board#" in told and "ann" not in told, "the owner's link alone"
     run(f"--tasks={tmp_path}/blank.db", f"--judged={tmp_path}/said.jsonl", f"--export={tmp_path}/out/rows.jsonl")
     assert "1 new judgements of 1" in capsys.readouterr().out
     (row,) = rankings.read_rankings(tmp_path / "out/rows.jsonl")
@@ -304,8 +345,14 @@ def test_rows_go_in_and_out_of_the_program(tmp_path, capsys, monkeypatch):
         (("--cost_per_hour=-1",), "it must be at least 0"),
         (("--labellers=a,,b",), "is no name for a labeller"),
         (("--labellers=",), "nobody is to label; give --labellers=ann,ben"),
+        (("--tasks=gs://bucket/t.jsonl",), "is not on this machine"),
+        (("--tasks=gs://bucket/t.db",), "is not on this machine"),
+        (("--address=desk.example",), "is no address; give https://NAME"),
+        (("--address=https://desk.example/page",), "is no address; give https://NAME"),
+        (("--address=https://[",), "is no address; give https://NAME"),
         (("--export=PLACE/t.jsonl",), "already exists; give a new file"),
-        (("--export=PLACE/new.jsonl",), "holds no rankings yet; let people label"),
+        (("--export=PLACE/new.jsonl",), "there is no record"),
+        (("--export=PLACE/new.jsonl", "--tasks=PLACE/empty.db"), "holds no rankings yet; let people label"),
         (("--tasks=PLACE/nowhere.db",), "there is no record"),
         (("--tasks=PLACE/nowhere.jsonl",), "there is no data file or folder"),
         (("--judged=PLACE/t.jsonl", "--labellers="), "holds no judgement"),
@@ -316,6 +363,7 @@ def test_rows_go_in_and_out_of_the_program(tmp_path, capsys, monkeypatch):
 def test_what_can_be_mended_is_one_sentence(tmp_path, capsys, monkeypatch, words, says):
     monkeypatch.setattr(uvicorn, "run", None)
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "q", "completions": ["a", "b"]}) + "\n")
+    Record(tmp_path / "empty.db")
     with pytest.raises(SystemExit) as exit:
         run(f"--tasks={tmp_path}/t.jsonl", "--labellers=ann", *(word.replace("PLACE", str(tmp_path)) for word in words))
     error = capsys.readouterr().err

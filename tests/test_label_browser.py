@@ -192,13 +192,53 @@ def test_a_tab_closed_on_an_unsent_answer_sends_it_when_it_is_opened_again(brows
     server.kill()
     page.click("#save")
     page.wait_for_selector("#warning:not([hidden])")
+    assert page.evaluate("document.getElementById('main').inert"), "nothing is edited that would not be sent"
     context = page.context
     page.close()
+    server.words += ("--new_links",)
     server.start()
     page = context.new_page()
     page.goto(server.links["ann"])
     playwright.expect(page.locator("#count")).to_have_text(re.compile("^1 done"), timeout=15_000)
     assert len(Record(server.folder / "tasks.db").judgements(all=True)) == 1
+
+
+def test_what_a_server_started_otherwise_refuses_is_kept_and_can_be_mended(browser, serve):
+    server = serve(tasks(3)[1:], "--labellers=ann", "--labels=1", "--scale=5", "--tests=0")
+    page = page_of(browser, server.links["ann"])
+    by_mouse(page)
+    card = page.locator(".card[data-answer='0']")
+    card.get_by_role("group", name="Rating").get_by_text("4", exact=True).click()
+    card.get_by_role("button", name="Rewrite").click()
+    server.kill()
+    page.click("#save")
+    page.wait_for_selector("#warning:not([hidden])")
+    server.words = ("--labellers=ann", "--labels=1", "--tests=0", "--new_links")
+    server.start()
+    page.wait_for_selector(".message")
+    assert "This link does not work" in page.inner_text("main")
+    page.goto(server.links["ann"])
+    shown(page)
+    assert page.locator(".places .place[data-place='0'] .chip").count() == 0, "as it was ranked"
+    finish(page, lambda: page.click("#save"))
+    (one,) = Record(server.folder / "tasks.db").judgements(all=True)
+    assert (one.ranks, one.ratings, one.rewrites) == ((0, 1, 2), (), ())
+    assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('outbox'))") == []
+
+
+def test_who_waits_is_told_when_it_is_over_and_nothing_is_redrawn_before(browser, serve):
+    server = serve(tasks(1), "--labellers=ann,ben", "--labels=1", "--tests=0")
+    ann, ben = page_of(browser, server.links["ann"]), None
+    by_mouse(ann)
+    ben = page_of(browser, server.links["ben"])
+    ben.get_by_text("Nothing to do at the moment").wait_for()
+    ben.evaluate("document.querySelector('.message').dataset.mark = 'same'")
+    with ben.expect_response("**/api/turn"):
+        pass
+    ben.wait_for_timeout(200)
+    assert ben.locator(".message[data-mark='same']").count() == 1
+    ann.click("#save")
+    ben.get_by_text("All done").wait_for()
 
 
 def test_ties_undo_flags_rewriting_and_cant_judge(browser, serve):

@@ -1,5 +1,6 @@
 """The record of judgements: nothing that was said is changed or lost, and what can't be said is refused."""
 
+import dataclasses
 import pathlib
 import signal
 import sqlite3
@@ -8,9 +9,11 @@ import sys
 
 import pytest
 
+from experiments import label
+from rlhf_jax import flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import exchange
-from rlhf_jax.feedback.judgement import Judgement
+from rlhf_jax.feedback.judgement import Judgement, Task
 from rlhf_jax.feedback.record import Record, Taken
 from tests.judged import say, task
 
@@ -23,10 +26,68 @@ def record(tmp_path) -> Record:
 def test_a_judgement_is_neither_changed_nor_deleted(record):
     record.add([task()])
     record.say(say(task(), "ann", "1"))
-    for change in ("UPDATE judgements SET labeller = 'ben'", "DELETE FROM judgements"):
+    record.say(say(task(), "ann", "2", (2, 1, 0), replaces="1"))
+    record.guide("Be kind.")
+    columns = "task, labeller, kind, said, at, guidelines, shown"
+    other = "task, 'ben', kind, said, at, guidelines, shown"
+    changes = [
+        "UPDATE judgements SET labeller = 'ben'",
+        "DELETE FROM judgements",
+        f"INSERT OR REPLACE INTO judgements (id, {columns}) SELECT id, {other} FROM judgements",
+        f"INSERT OR REPLACE INTO judgements (id, number, {columns}) SELECT 'x', number, {other} FROM judgements",
+        f"INSERT OR REPLACE INTO judgements (id, replaces, {columns}) SELECT 'x', '1', {other} FROM judgements",
+        *(f"UPDATE tasks SET {name} = 'x'" for name in ("id", "kind", "prompt", "answers", "tools")),
+        "DELETE FROM tasks",
+        "INSERT OR REPLACE INTO tasks SELECT 9, id, kind, prompt, answers, models, gold, 9, tools, added FROM tasks",
+        "INSERT OR REPLACE INTO tasks SELECT place, 9, kind, prompt, answers, models, gold, 9, tools, added FROM tasks",
+        "UPDATE guidelines SET text = 'x'",
+        "DELETE FROM guidelines",
+        "INSERT OR REPLACE INTO guidelines SELECT version, 'x', added FROM guidelines",
+    ]
+    for change in changes:
         with record.connection() as db, pytest.raises(sqlite3.IntegrityError, match="never"):
+            db.execute("PRAGMA foreign_keys = OFF")  # the triggers alone
             db.execute(change)
-    assert [one.labeller for one in record.judgements()] == ["ann"]
+    assert [(one.id, one.labeller) for one in record.judgements(all=True)] == [("1", "ann"), ("2", "ann")]
+    assert record.tasks() == {task().id: task(labels=3)} and record.guide("Be kind.")
+
+
+def test_what_is_known_later_stands_in_the_order_of_the_answers(record):
+    record.add([task(labels=2)])
+    turned = Task(prompt=task().prompt, answers=task().answers[::-1], models=("c", "b", "a"), gold=(2.0, 1.0, 0.0))
+    assert turned.id == task().id and record.add([turned]) == 0
+    known = task(models=("a", "b", "c"), gold=(0.0, 1.0, 2.0), labels=2)
+    assert record.task(task().id) == known, "labels are as they were, for nobody gave any"
+    record.add([task(models=("x", "y", "z"), gold=(1.0, 0.0, 0.0), labels=5)])
+    assert record.task(task().id) == dataclasses.replace(known, labels=5), "and what was known is kept"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({"gold": (1.0, 1.0, 1.0)}, "must tell some of its answers apart"), ({"count": 27}, "at most 26"),
+     ({"labels": 0}, "at least 1"), ({"count": 1}, "at least 2")],
+)  # fmt: skip
+def test_a_task_that_nobody_can_judge_is_refused(record, more, says):
+    with pytest.raises(UserError, match=says):
+        record.add([task(1), task(0, **more)])
+    assert record.tasks() == {}
+
+
+def test_a_record_of_the_first_version_goes_on(record):
+    record.add([task()])
+    record.say(say(task(), "ann", "1"))
+    with record.connection() as db:
+        db.executescript("DROP TABLE salts; DROP TRIGGER no_second; PRAGMA user_version = 1;")
+        db.execute("INSERT INTO drafts VALUES (?, 'ben', '{}')", (task().id,))
+    again = Record(record.path)
+    assert again.judgements() == record.judgements() and again.draft(task().id, "ben") is None
+    assert again.salt == Record(record.path).salt != record.salt and len(again.salt) == 32
+
+
+def test_a_transaction_that_ended_by_itself_shows_its_own_error(record):
+    with pytest.raises(ValueError, match="full"), record.change() as db:
+        db.execute("ROLLBACK")  # as the database does on a full disk
+        raise ValueError("full")
 
 
 def test_a_correction_and_an_undo_are_new_and_name_what_they_replace(record):
@@ -135,3 +196,22 @@ def test_links_are_kept_as_hashes_and_survive(record):
     assert secret.encode() not in b"".join(file.read_bytes() for file in record.path.parent.iterdir())
     newer = record.link("ann", "labeller", renew=True)
     assert newer and record.whose(secret) is None and record.whose(newer) == ("ann", "labeller")
+
+
+def test_labels_change_when_they_are_given_and_an_export_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "serve", lambda program, record: None)
+    run = lambda *words: flags.run(label.main, label.Label, ["label", *words])
+    rows = [{"prompt": f"q{n}", "completions": ["a", "b"]} for n in range(2)]
+    blank, said = tmp_path / "t.jsonl", tmp_path / "said.jsonl"
+    blank.write_text(exchange.lines(rows[:1]))
+    said.write_text(exchange.lines([row | {"ranks": [0, 1]} for row in rows[:1]]))
+    labels = lambda: [one.labels for one in Record(tmp_path / "t.db").tasks().values()]
+    run(f"--tasks={blank}", "--labellers=ann")
+    assert labels() == [3]
+    run(f"--tasks={blank}", "--labellers=ann", "--labels=1")
+    blank.write_text(exchange.lines(rows))
+    run(f"--tasks={blank}", f"--judged={said}", f"--export={tmp_path}/rows.jsonl")
+    assert labels() == [1], "neither the judgements nor the export"
+    run(f"--tasks={blank}", f"--judged={said}")
+    run(f"--tasks={blank}", "--labellers=ann")
+    assert labels() == [1, 3], "nor a start without --labels; what is new gets the default"

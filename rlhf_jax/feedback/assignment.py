@@ -1,12 +1,12 @@
 """Who is asked what next: each task by as many different people as it wants, nobody twice, and tests among them.
 
 A task is lent to a labeller for a while; a place that is lent is not given to another. A labeller who comes back gets
-the task that was lent. Nothing is drawn by chance: a hash of the labeller and the task decides the order of the answers
-and where a test stands, so that it is the same in every process and after every restart.
+the task that was lent. A hash of the labeller and the task, with a salt that the record was made with, decides the
+order of the answers and where a test stands: it is the same in every process and after every restart, and no labeller
+can compute it.
 """
 
 import dataclasses
-import hashlib
 import json
 import sqlite3
 import time
@@ -83,7 +83,7 @@ def turn(record: Record, labeller: str, terms: Terms, at: float | None = None) -
         unseen = db.execute(f"SELECT count(*) FROM tasks WHERE {TESTS}", asked).fetchone()[0]
         tested = [task for task in first if task in said]
         before = len(first) - len(tested)
-        left = before + _left(labeller, len(said) + before, open, unseen - before, terms)
+        left = before + _left(record, labeller, len(said) + before, open, unseen - before, terms)
         told: dict[str, Any] = dict(done=len(said), left=left, undo=_undo(said, first))
         if len(tested) < len(first):
             told |= dict(qualifying=(len(tested), len(first)))
@@ -92,7 +92,7 @@ def turn(record: Record, labeller: str, terms: Terms, at: float | None = None) -
         elif first and _share(record, db, labeller, first) < terms.pass_mark:
             return Turn("failed", **told)
         else:
-            row = _next(db, asked, terms, len(said))
+            row = _next(record, db, asked, terms, len(said))
         if row is None:
             return Turn("wait" if open else "done", **told)
         until = clock + 60 * terms.lease
@@ -117,29 +117,31 @@ def _first(db: sqlite3.Connection, terms: Terms) -> list[str]:
     return [row["id"] for row in db.execute(query, (terms.qualify,))]
 
 
-def _next(db: sqlite3.Connection, asked: dict[str, Any], terms: Terms, said: int) -> sqlite3.Row | None:
+def _next(record: Record, db: sqlite3.Connection, asked: dict[str, Any], terms: Terms, said: int) -> sqlite3.Row | None:
     """The task that is lent already, else perhaps a test, else the first that has a place."""
-    lent = f"SELECT tasks.* FROM tasks JOIN leases ON leases.task = tasks.id WHERE leases.labeller = :me AND ({FREE}"
-    row = db.execute(f"{lent} OR ({TESTS})) ORDER BY until DESC LIMIT 1", asked).fetchone()
+    # While it is lent its place is theirs; after that it may have become another's.
+    lent = "SELECT tasks.* FROM tasks JOIN leases AS own ON own.task = tasks.id AND own.labeller = :me"
+    stands = f"({OPEN} AND own.until > :now) OR ({FREE}) OR ({TESTS})"
+    row = db.execute(f"{lent} WHERE {stands} ORDER BY own.until DESC LIMIT 1", asked).fetchone()
     if row is not None:
         return row
     free = db.execute(f"SELECT * FROM tasks WHERE {FREE} ORDER BY place LIMIT 1", asked).fetchone()
-    if free is not None and _is_test(asked["me"], said, terms):
+    if free is not None and _is_test(record, asked["me"], said, terms):
         test = db.execute(f"SELECT * FROM tasks WHERE {TESTS} ORDER BY place LIMIT 1", asked).fetchone()
         return test or free
     return free
 
 
-def _is_test(labeller: str, said: int, terms: Terms) -> bool:
+def _is_test(record: Record, labeller: str, said: int, terms: Terms) -> bool:
     """Whether what a labeller is given after so many judgements is a test, if there is one left."""
-    return _share_of("test", labeller, said) < terms.tests
+    return int(record.mark("test", labeller, said), 16) < terms.tests * 2**64
 
 
-def _left(labeller: str, said: int, open: int, unseen: int, terms: Terms) -> int:
+def _left(record: Record, labeller: str, said: int, open: int, unseen: int, terms: Terms) -> int:
     """How many tasks a labeller is given until none is open, tests among them."""
     given = 0
     while open > 0:
-        if unseen > 0 and _is_test(labeller, said + given, terms):
+        if unseen > 0 and _is_test(record, labeller, said + given, terms):
             unseen -= 1
         else:
             open -= 1
@@ -165,12 +167,16 @@ def _share(record: Record, db: sqlite3.Connection, labeller: str, tests: list[st
 def keep(record: Record, task: str, labeller: str, draft: Any, terms: Terms, at: float | None = None) -> None:
     """Keeps what a labeller has begun to say of a task that is lent to them, and lends it anew.
 
+    One that was lent for a time that is over, and has no place left, is not: another has it.
+
     Errors: Taken if it is not lent to them, as after they judged it in another window.
     """
     with record.change() as db:
         _lent(db, task, labeller)
-        until = (time.time() if at is None else at) + 60 * terms.lease
-        db.execute("UPDATE leases SET until = ? WHERE task = ? AND labeller = ?", (until, task, labeller))
+        clock = time.time() if at is None else at
+        asked = {"me": labeller, "now": clock, "task": task, "until": clock + 60 * terms.lease}
+        free = f"until > :now OR EXISTS (SELECT 1 FROM tasks WHERE id = :task AND (({FREE}) OR ({TESTS})))"
+        db.execute(f"UPDATE leases SET until = :until WHERE task = :task AND labeller = :me AND ({free})", asked)
         db.execute("INSERT OR REPLACE INTO drafts VALUES (?, ?, ?)", (task, labeller, json.dumps(draft)))
 
 
@@ -215,15 +221,9 @@ def _lent(db: sqlite3.Connection, task: str, labeller: str) -> None:
         raise Taken(f"task {task!r} is not with {labeller}; it was judged in another window or never handed out.")
 
 
-def order(labeller: str, id: str, task: Task) -> tuple[int, ...]:
+def order(record: Record, labeller: str, id: str, task: Task) -> tuple[int, ...]:
     """The order in which a labeller sees the answers of a task; steps stand as they are."""
     places = range(len(task.answers))
     if task.kind == "steps":
         return tuple(places)
-    return tuple(sorted(places, key=lambda place: _share_of("order", labeller, id, place)))
-
-
-def _share_of(*parts: Any) -> float:
-    """A number from 0 to below 1 that the parts decide."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return tuple(sorted(places, key=lambda place: record.mark("order", labeller, id, place)))

@@ -4,32 +4,38 @@ What is written can be read back: `judged(record, rows)` of the rows of `ranking
 """
 
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rlhf_jax.data import formats, sources
 from rlhf_jax.data.formats import choices
 from rlhf_jax.data.rows import Left, Preference, Ranking, Refusal, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.judgement import Judgement, Task, aligned
+from rlhf_jax.feedback.judgement import Judgement, Task, aligned, check, check_task
 from rlhf_jax.feedback.rankings import Row
-from rlhf_jax.feedback.record import Record, now
+from rlhf_jax.feedback.record import Record, judgement_of, now
+
+T = TypeVar("T")
 
 # Tasks
 
 
-def tasks_of(path: str | os.PathLike, labels: int) -> list[Task]:
+def tasks_of(path: str | os.PathLike, labels: int | None = None) -> list[Task]:
     """The tasks that a file holds, nobody having judged them yet.
 
     Rows have prompt and completions; perhaps models (who wrote each), gold_ranks (the known ones, which make it a
     test), tools; steps in the place of completions, with gold_marks, are to be marked one by one. Blank rankings are
-    such rows. A row that has ranks is no task, and neither is one whose answers are all the same.
+    such rows. A row that has ranks is no task, and neither is one whose answers are all the same. Of equal answers to
+    rank the first is kept.
 
+    Args:
+      labels: how many people are to judge each; None: as the record that they are added to has it.
     Errors: UserError naming the first row that can't be used.
     """
     found = []
@@ -38,12 +44,12 @@ def tasks_of(path: str | os.PathLike, labels: int) -> list[Task]:
             raise UserError(f"{record.where} can't be used ({record.reason}); mend it.")
         try:
             found.append(_task(record.columns, labels))
-        except Refusal as refusal:
-            raise UserError(f"{record.where} can't be used ({refusal}); mend it.") from None
+        except (Refusal, UserError) as reason:
+            raise UserError(f"{record.where} can't be used ({str(reason).rstrip('.')}); mend it.") from None
     return found
 
 
-def _task(columns: Mapping[str, Any], labels: int) -> Task:
+def _task(columns: Mapping[str, Any], labels: int | None) -> Task:
     if "ranks" in columns:
         raise Refusal("it has ranks, so it is a judgement; give the file as --judged")
     kind, gold = ("steps", "gold_marks") if "steps" in columns else ("ranking", "gold_ranks")
@@ -56,18 +62,44 @@ def _task(columns: Mapping[str, Any], labels: int) -> Task:
         row: Any = formats.adapt(name, {**columns, "completions": answers, **judged}, True)[0]
     except Left:
         raise Refusal("it has one answer alone") from None
-    if kind == "ranking" and len({json.dumps(_plain(text)) for text in row.completions}) < 2:
-        raise Refusal("all of its answers are the same")
+    texts = tuple(map(_plain, row.completions))
+    places = list(range(len(texts))) if kind == "steps" else _distinct(texts)
     known, models = columns.get(gold), columns.get("models", [])
     for what, values in ((gold, known), ("models", models)):
         if values and (not isinstance(values, list) or len(values) != len(answers)):
             raise Refusal(f"{what!r} is not a list with a value for each answer")
-    if known and not all(isinstance(value, int | float) and math.isfinite(value) for value in known):
+    if known and not all(map(_is_finite, known)):
         raise Refusal(f"{gold!r} holds something that is not a finite number")
-    return Task(
-        prompt=_plain(row.prompt), answers=tuple(map(_plain, row.completions)), models=tuple(models),
-        gold=tuple(known) if known else None, kind=kind, labels=labels, tools=row.tools,
+    task = Task(
+        prompt=_plain(row.prompt), answers=_at(places, texts), models=_at(places, models),
+        gold=_at(places, known) if known else None, kind=kind, labels=labels, tools=row.tools,
     )  # fmt: skip
+    check_task(task)
+    return task
+
+
+def _distinct(texts: Sequence[Any]) -> list[int]:
+    """The places of the answers without those that stood before. Raises: Refusal if all are the same."""
+    first: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        first.setdefault(json.dumps(text, sort_keys=True), place)
+    if len(first) < 2:
+        raise Refusal("all of its answers are the same")
+    return list(first.values())
+
+
+def _at(places: Sequence[int], values: Sequence[T]) -> tuple[T, ...]:
+    """The values at some places; none of none."""
+    return tuple(values[place] for place in places) if values else ()
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _plain(text: Text) -> Any:
@@ -108,10 +140,12 @@ def _opinions(form: str, columns: Columns, name: str) -> Iterator[Opinion]:
     for row in formats.adapt(form, columns, True, ties=True):
         if not isinstance(row, Ranking):
             raise Refusal("it holds neither ranked answers nor a pair")
-        ratings = columns.get("ratings")
-        yield Opinion(
-            str(columns.get("labeller", name)), row, ratings=tuple(ratings) if isinstance(ratings, list) else ()
-        )
+        ratings = columns.get("ratings") or []
+        if not isinstance(ratings, list) or not all(one is None or _is_finite(one) for one in ratings):
+            raise Refusal("'ratings' is not a list of finite numbers and nulls")
+        if ratings and len(ratings) != len(row.completions):
+            raise Refusal(f"{len(row.completions)} answers but {len(ratings)} 'ratings'")
+        yield Opinion(str(columns.get("labeller", name)), row, ratings=tuple(ratings))
 
 
 def _beside(columns: Columns) -> tuple[tuple[float | None, ...], str, str]:
@@ -119,17 +153,27 @@ def _beside(columns: Columns) -> tuple[tuple[float | None, ...], str, str]:
     accepted = [columns.get(f"completion_{side}_is_acceptable") for side in "ab"]
     ratings = tuple({"yes": 1.0, "no": 0.0}.get(str(value)) for value in accepted)
     known = any(rating is not None for rating in ratings)
-    return ratings if known else (), str(columns.get("comment") or ""), str(columns.get("timestamp") or "")
+    return ratings if known else (), str(columns.get("comment") or ""), _utc(str(columns.get("timestamp") or ""))
 
 
-def judged(record: Record, path: str | os.PathLike, labels: int = 3) -> tuple[int, int, list[str]]:
+def _utc(text: str) -> str:
+    """A time as judgements have it; "" for one that is not in ISO form, or of nobody knows which zone."""
+    try:
+        at = datetime.datetime.fromisoformat(text)
+        return at.astimezone(datetime.UTC).isoformat(timespec="milliseconds") if at.tzinfo else ""
+    except (ValueError, OverflowError):
+        return ""
+
+
+def judged(record: Record, path: str | os.PathLike, labels: int | None = None) -> tuple[int, int, list[str]]:
     """Adds the judgements that stand in a file, and their tasks: rankings, pairs, trees, sheets, whatever is ranked.
 
-    The same file again adds nothing. Who judged is what the row says, else the name of the file; of two judgements by
-    one of the same answers the second stands in a row of its own and is a correction of the first.
+    The same file again adds nothing, and neither does a row that says what its labeller said last of the same answers:
+    what the record itself wrote says nothing new to it. Who judged is what the row says, else the name of the file; of
+    two judgements by one of the same answers the one that is read later is a correction of the other.
 
     Args:
-      labels: how many people are to judge each task, those of the file counted.
+      labels: how many people are to judge each task, those of the file counted; None: as it is, or as new tasks have.
     Returns: how many judgements the file holds, how many of these are new, and what was left out, a reason a row.
     Errors: UserError for a file of which no row holds a judgement.
     """
@@ -151,8 +195,11 @@ def judged(record: Record, path: str | os.PathLike, labels: int = 3) -> tuple[in
             for place, opinion in enumerate(opinions):
                 text = json.dumps([name, one.columns, place], sort_keys=True, default=str)
                 id = f"file-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}"
-                count += 1
-                new += _add(record, db, opinion, id, labels)
+                try:
+                    new += _add(record, db, opinion, id, labels)
+                    count += 1
+                except (Refusal, UserError) as reason:
+                    left.append(f"{one.where}: {str(reason).rstrip('.')}")
     if not count:
         raise UserError(
             f"{name} holds no judgement ({left[0] if left else 'it is empty'}); give rows of ranked answers or pairs."
@@ -160,24 +207,39 @@ def judged(record: Record, path: str | os.PathLike, labels: int = 3) -> tuple[in
     return count, new, left
 
 
-def _add(record: Record, db: Any, opinion: Opinion, id: str, labels: int) -> bool:
-    """Adds one with its task; whether it is new."""
+def _add(record: Record, db: Any, opinion: Opinion, id: str, labels: int | None) -> bool:
+    """Adds one with its task; whether it is new. Raises: Refusal or UserError for one that can't be, adding nothing."""
     row = opinion.row
     texts = tuple(map(_plain, row.completions))
-    task = Task(prompt=_plain(row.prompt), answers=texts, labels=labels, tools=row.tools)
+    places = _distinct(texts)
+    task = Task(prompt=_plain(row.prompt), answers=_at(places, texts), labels=labels, tools=row.tools)
+    said = Judgement(
+        id=id, task=task.id, labeller=opinion.labeller, ranks=_at(places, row.ranks), strength=opinion.strength,
+        ratings=_at(places, opinion.ratings), note=opinion.note, at=opinion.at or now(),
+    )  # fmt: skip
+    check_task(task)
+    check(said, task)
     known = record.task_in(db, record.add_to(db, task))  # perhaps with the answers in another order
     if db.execute("SELECT 1 FROM judgements WHERE id = ?", (id,)).fetchone():
         return False
+    ranks, ratings = (
+        tuple(aligned(task.answers, some, known.answers)) if some else () for some in (said.ranks, said.ratings)
+    )
     head = record.head_in(db, task.id, opinion.labeller)
-    values = {"ranks": row.ranks, "ratings": opinion.ratings}
-    said: dict[str, Any] = {name: tuple(aligned(texts, some, known.answers)) for name, some in values.items() if some}
-    return record.say_in(
-        db,
-        Judgement(
-            id=id, task=task.id, labeller=opinion.labeller, strength=opinion.strength, note=opinion.note,
-            at=opinion.at or now(), replaces=head and head.id, **said,
-        ),
-    )  # fmt: skip
+    said = dataclasses.replace(said, ranks=ranks, ratings=ratings, replaces=head and head.id)
+    before = head
+    if head is not None and head.kind == "undo":  # what was taken back is not said anew by the file that it was in
+        before = judgement_of(db.execute("SELECT * FROM judgements WHERE id = ?", (head.replaces,)).fetchone())
+    return not (before and _repeats(said, before)) and record.say_in(db, said)
+
+
+def _repeats(said: Judgement, before: Judgement) -> bool:
+    """Whether a judgement says nothing that an earlier one of the same task did not."""
+    place = lambda ranks: [sorted(set(ranks)).index(rank) for rank in ranks]
+    if before.kind != said.kind or place(said.ranks) != place(before.ranks):
+        return False
+    more = ("ratings", "strength", "note")
+    return all(getattr(said, name) in ((), None, "", getattr(before, name)) for name in more)
 
 
 # Rows to train on
@@ -252,11 +314,12 @@ def steps(record: Record) -> list[Row]:
 
 def history(record: Record) -> list[Row]:
     """Every judgement ever made, with those that were taken back, and its task."""
-    tasks = record.tasks()
+    said = record.judgements(all=True)
+    tasks = record.tasks()  # after these: whoever adds judgements meanwhile adds their tasks too
     return [
         dataclasses.asdict(one) | {"prompt": tasks[one.task].prompt, "answers": list(tasks[one.task].answers)}
         | {"models": list(tasks[one.task].models), "gold": tasks[one.task].gold}
-        for one in record.judgements(all=True)
+        for one in said
     ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ Said = Literal["ranking", "steps", "unsure", "undo"]
 Flag = Literal["harmful", "false", "off-topic"]
 FLAGS: tuple[str, ...] = get_args(Flag)
 MARKS = (-1, 0, 1)  # of a step: bad, neutral, good
+LABELS = 3  # how many people judge a task, if nobody says
+MOST = 26  # answers to rank: each has a letter
 LONGEST_ID, LONGEST_TEXT, LONGEST_NOTE = 100, 100_000, 2_000  # characters
 
 
@@ -30,7 +32,8 @@ class Task:
       answers: of kind steps, the steps in order, each a string.
       models: which model wrote each answer, () if nobody knows; labellers never see it.
       gold: the known ranks, the smallest the best, or the known marks; such a task tests who labels.
-      labels: how many people are to judge it; a task with gold is for everyone.
+      labels: how many people are to judge it; a task with gold is for everyone. None: as the record has it, LABELS if
+        it is new there.
       tools: the functions that the prompt offers, JSON text, "" for none.
     """
 
@@ -39,7 +42,7 @@ class Task:
     models: tuple[str | None, ...] = ()
     gold: tuple[float, ...] | None = None
     kind: Kind = "ranking"
-    labels: int = 3
+    labels: int | None = None
     tools: str = ""
 
     @property
@@ -97,6 +100,8 @@ def check_task(task: Task) -> None:
     what, least = ("steps", 1) if task.kind == "steps" else ("answers", 2)
     if len(task.answers) < least:
         raise UserError(f"a task has {len(task.answers)} {what}; it must have at least {least}.")
+    if task.kind == "ranking" and len(task.answers) > MOST:
+        raise UserError(f"a task has {len(task.answers)} answers to rank; it may have at most {MOST}.")
     if task.models and len(task.models) != len(task.answers):
         raise UserError(f"a task has {len(task.answers)} {what} and {len(task.models)} models; give as many.")
     if task.gold is not None:
@@ -104,7 +109,9 @@ def check_task(task: Task) -> None:
             raise UserError(f"a task's gold is {list(task.gold)}; it must be a finite number for each of its {what}.")
         if task.kind == "steps" and not set(task.gold) <= set(MARKS):
             raise UserError(f"a task's gold is {list(task.gold)}; of steps allowed are -1, 0 and 1.")
-    if task.labels < 1:
+        if task.kind == "ranking" and len(set(task.gold)) < 2:
+            raise UserError(f"a task's gold is {list(task.gold)}; it must tell some of its answers apart.")
+    if task.labels is not None and task.labels < 1:
         raise UserError(f"a task wants {task.labels} labels; it must want at least 1.")
 
 

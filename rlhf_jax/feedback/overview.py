@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.feedback import exchange, rankings
-from rlhf_jax.feedback.judgement import FLAGS, Judgement, Task, right
+from rlhf_jax.feedback.judgement import FLAGS, LABELS, Judgement, Task, right
 from rlhf_jax.feedback.record import Record
 
 WINDOW = 10  # tests that a point of the drift is the mean of
@@ -25,7 +25,8 @@ def overview(record: Record, cost_per_hour: float | None = None) -> dict[str, An
         change (accuracy in the second half of the tests less that in the first);
         agreement (how often others say the same of the same two answers); flags (how often each was raised).
     """
-    tasks, said, all_said = record.tasks(), record.judgements(), record.judgements(all=True)
+    said, all_said = record.judgements(), record.judgements(all=True)
+    tasks = record.tasks()  # after these: whoever adds judgements meanwhile adds their tasks too
     rows = exchange.rankings(record)
     complete = _complete(tasks, said)
     people = [_person(name, tasks, said, all_said, rows, cost_per_hour) for name in record.labellers()]
@@ -51,7 +52,7 @@ def _complete(tasks: dict[str, Task], said: Sequence[Judgement]) -> int:
     count: dict[str, int] = {}
     for one in said:
         count[one.task] = count.get(one.task, 0) + (one.kind != "unsure")
-    return sum(task.gold is None and count.get(id, 0) >= task.labels for id, task in tasks.items())
+    return sum(task.gold is None and count.get(id, 0) >= (task.labels or LABELS) for id, task in tasks.items())
 
 
 def _person(

@@ -1,8 +1,9 @@
 """The record of what people said: tasks and judgements in one SQLite file, to which judgements are only ever added.
 
 A correction, or taking something back, is a new judgement that names the one it replaces; the database itself refuses
-to change or delete one. Any number of threads and processes may have the file open: every change is one transaction,
-on disk before the call returns. A kill loses nothing that was written and leaves nothing half written.
+to change, overwrite or delete one, or what was asked. Any number of threads and processes may have the file open: every
+change is one transaction, on disk before the call returns. A kill loses nothing that was written and leaves nothing
+half written.
 
 What of a judgement counts is its latest: one that nothing replaces and that takes nothing back.
 """
@@ -21,9 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.judgement import Judgement, Task, check, check_task
+from rlhf_jax.feedback.judgement import LABELS, Judgement, Task, aligned, check, check_task
 
-VERSION = 1
+VERSION = 2
 WAIT = 60.0  # seconds for another writer to finish
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
@@ -35,10 +36,6 @@ CREATE TABLE IF NOT EXISTS judgements (
   guidelines TEXT NOT NULL, shown TEXT NOT NULL, replaces TEXT UNIQUE REFERENCES judgements (id));
 CREATE INDEX IF NOT EXISTS by_task ON judgements (task, labeller);
 CREATE INDEX IF NOT EXISTS by_labeller ON judgements (labeller);
-CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON judgements
-  BEGIN SELECT RAISE (ABORT, 'a judgement is never changed'); END;
-CREATE TRIGGER IF NOT EXISTS no_loss BEFORE DELETE ON judgements
-  BEGIN SELECT RAISE (ABORT, 'a judgement is never deleted'); END;
 CREATE VIEW IF NOT EXISTS heads AS SELECT * FROM judgements AS one WHERE NOT EXISTS
   (SELECT 1 FROM judgements AS other WHERE other.replaces = one.id);
 CREATE TABLE IF NOT EXISTS leases (
@@ -50,7 +47,33 @@ CREATE TABLE IF NOT EXISTS drafts (
 CREATE TABLE IF NOT EXISTS links (
   name TEXT NOT NULL, role TEXT NOT NULL, token TEXT NOT NULL, PRIMARY KEY (name, role));
 CREATE TABLE IF NOT EXISTS guidelines (version TEXT PRIMARY KEY, text TEXT NOT NULL, added TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS salts (place INTEGER PRIMARY KEY, salt BLOB NOT NULL);
+INSERT OR IGNORE INTO salts VALUES (1, randomblob(32));
+
+CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON judgements
+  BEGIN SELECT RAISE (ABORT, 'a judgement is never changed'); END;
+CREATE TRIGGER IF NOT EXISTS no_change_of_a_task BEFORE UPDATE OF place, id, kind, prompt, answers, tools ON tasks
+  BEGIN SELECT RAISE (ABORT, 'what a task asks is never changed'); END;
+CREATE TRIGGER IF NOT EXISTS no_change_of_guidelines BEFORE UPDATE ON guidelines
+  BEGIN SELECT RAISE (ABORT, 'guidelines are never changed'); END;
+CREATE TRIGGER IF NOT EXISTS no_loss BEFORE DELETE ON judgements
+  BEGIN SELECT RAISE (ABORT, 'a judgement is never deleted'); END;
+CREATE TRIGGER IF NOT EXISTS no_loss_of_a_task BEFORE DELETE ON tasks
+  BEGIN SELECT RAISE (ABORT, 'a task is never deleted'); END;
+CREATE TRIGGER IF NOT EXISTS no_loss_of_guidelines BEFORE DELETE ON guidelines
+  BEGIN SELECT RAISE (ABORT, 'guidelines are never deleted'); END;
+-- INSERT OR REPLACE deletes what is in its way without asking the triggers above.
+CREATE TRIGGER IF NOT EXISTS no_second BEFORE INSERT ON judgements WHEN EXISTS (SELECT 1 FROM judgements AS one
+    WHERE one.id = NEW.id OR one.number = NEW.number OR one.replaces = NEW.replaces)
+  BEGIN SELECT RAISE (ABORT, 'a judgement is never overwritten'); END;
+CREATE TRIGGER IF NOT EXISTS no_second_task BEFORE INSERT ON tasks WHEN EXISTS (SELECT 1 FROM tasks AS one
+    WHERE one.id = NEW.id OR one.place = NEW.place)
+  BEGIN SELECT RAISE (ABORT, 'a task is never overwritten'); END;
+CREATE TRIGGER IF NOT EXISTS no_second_guidelines BEFORE INSERT ON guidelines WHEN EXISTS (SELECT 1 FROM guidelines
+    AS one WHERE one.version = NEW.version)
+  BEGIN SELECT RAISE (ABORT, 'guidelines are never overwritten'); END;
 """
+OLD = {1: "DELETE FROM drafts;"}  # what a version needs to become the present one: its drafts are in unsalted orders
 
 
 class Taken(UserError):
@@ -76,11 +99,13 @@ class Record:
                 found = db.execute("PRAGMA user_version").fetchone()[0]
                 others = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
                 db.execute("COMMIT")
-                if found not in (0, VERSION) or (found == 0 and others):
+                if found not in (0, *OLD, VERSION) or (found == 0 and others):
                     raise UserError(f"{name} is a database of another kind or version; give another file.")
-                if found == 0:
+                if found != VERSION:
                     db.execute("PRAGMA journal_mode = WAL")
-                    db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+                    steps = f"{SCHEMA} {OLD.get(found, '')} PRAGMA user_version = {VERSION};"
+                    db.executescript(f"BEGIN IMMEDIATE; {steps} COMMIT;")
+                self.salt: bytes = db.execute("SELECT salt FROM salts").fetchone()[0]
         except (sqlite3.DatabaseError, OSError) as error:
             raise UserError(f"{name} can't be used as a record ({error}); give another file.") from error
 
@@ -104,7 +129,8 @@ class Record:
             try:
                 yield db
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk ends it by itself
+                    db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
 
@@ -113,7 +139,7 @@ class Record:
     def add(self, tasks: Iterable[Task]) -> int:
         """Adds tasks, and gives how many are new.
 
-        One that is there gets the new number of labels, and gold if it had none.
+        One that is there gets the number of labels that is given, and gold and models if it had none.
 
         Errors: UserError for a task that nobody can judge; then none of them is added.
         """
@@ -126,14 +152,26 @@ class Record:
     def add_to(self, db: sqlite3.Connection, task: Task) -> str:
         """Adds one within a transaction; gives its id."""
         check_task(task)
-        gold = None if task.gold is None else json.dumps(task.gold)
-        row = task.id, task.kind, *map(json.dumps, (task.prompt, task.answers, task.models)), gold, task.labels
-        db.execute(
-            "INSERT INTO tasks (id, kind, prompt, answers, models, gold, labels, tools, added)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET"
-            " labels = excluded.labels, gold = coalesce(gold, excluded.gold)",
-            (*row, task.tools, now()),
-        )
+        there = db.execute("SELECT * FROM tasks WHERE id = ?", (task.id,)).fetchone()
+        if there is None:
+            gold, labels = None if task.gold is None else json.dumps(task.gold), task.labels or LABELS
+            row = task.id, task.kind, *map(json.dumps, (task.prompt, task.answers, task.models)), gold, labels
+            db.execute(
+                "INSERT INTO tasks (id, kind, prompt, answers, models, gold, labels, tools, added)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*row, task.tools, now()),
+            )
+            return task.id
+        known, new = task_of(there), {}
+        if task.labels is not None:
+            new["labels"] = task.labels
+        beside = lambda values: json.dumps(aligned(task.answers, values, known.answers))  # perhaps in another order
+        if known.gold is None and task.gold is not None:
+            new["gold"] = beside(task.gold)
+        if not any(known.models) and any(task.models):
+            new["models"] = beside(task.models)
+        for name, value in new.items():
+            db.execute(f"UPDATE tasks SET {name} = ? WHERE id = ?", (value, task.id))
         return task.id
 
     def tasks(self) -> dict[str, Task]:
@@ -248,7 +286,11 @@ class Record:
             query = "SELECT name FROM links WHERE role = 'labeller' UNION SELECT labeller FROM judgements ORDER BY 1"
             return [row[0] for row in db.execute(query)]
 
-    # Guidelines and drafts
+    # Chance, guidelines and drafts
+
+    def mark(self, *parts: Any) -> str:
+        """A hash of the parts that is the same as long as the record lives, and that nobody without it can compute."""
+        return hashlib.blake2b(json.dumps(parts).encode(), key=self.salt, digest_size=8).hexdigest()
 
     def guide(self, text: str) -> str:
         """Keeps a text of guidelines; gives its version, a hash of it; "" for no text."""
@@ -256,7 +298,8 @@ class Record:
             return ""
         version = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         with self.change() as db:
-            db.execute("INSERT OR IGNORE INTO guidelines VALUES (?, ?, ?)", (version, text, now()))
+            if not db.execute("SELECT 1 FROM guidelines WHERE version = ?", (version,)).fetchone():
+                db.execute("INSERT INTO guidelines VALUES (?, ?, ?)", (version, text, now()))
         return version
 
     def knows(self, version: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, cast
@@ -34,6 +35,7 @@ class Desk:
     Attributes:
       guidelines: their text, and the version that judgements name.
       scale: answers are also rated, 1 to this; 0: they aren't.
+      labellers: whose links work; None: everyone's who has one.
     """
 
     record: Record
@@ -41,6 +43,7 @@ class Desk:
     guidelines: tuple[str, str] = ("", "")
     scale: int = 0
     cost_per_hour: float | None = None
+    labellers: tuple[str, ...] | None = None
 
 
 # What is asked of the server: by whom, and the reply to (desk, name, body or path).
@@ -52,13 +55,14 @@ def turn(desk: Desk, name: str, _: Any) -> dict[str, Any]:
     text, version = desk.guidelines
     told = {"state": now.state, "name": name, "done": now.done, "left": now.left, "undo": now.undo}
     told |= {"qualifying": now.qualifying, "guidelines": {"text": text, "version": version}, "scale": desk.scale}
-    told["flags"] = FLAGS
+    # Where the browser keeps what isn't sent: the same with a new link, another for another person or record.
+    told |= {"flags": FLAGS, "shelf": desk.record.mark("shelf", name)}
     return told | ({} if now.task is None else {"task": _shown(desk, name, now, now.task)})
 
 
 def _shown(desk: Desk, name: str, now: Turn, task: Task) -> dict[str, Any]:
     """A task as a labeller may see it: in the blind order, without models and gold."""
-    order = assignment.order(name, now.id, task)
+    order = assignment.order(desk.record, name, now.id, task)
     shown = {"id": now.id, "kind": task.kind, "prompt": _turns(task.prompt), "replaces": now.replaces}
     shown["answers"] = [_text(task.answers[place]) for place in order]
     shown["draft"] = desk.record.draft(now.id, name)
@@ -92,7 +96,7 @@ def judge(desk: Desk, name: str, body: Any) -> dict[str, Any]:
     """Writes a judgement down; the same one again is no second."""
     id, place, kind = (_string(body, field, 200) for field in ("id", "task", "kind"))
     task = desk.record.task(place)
-    order = assignment.order(name, place, task)
+    order = assignment.order(desk.record, name, place, task)
     count = len(order)
 
     def placed(field: str, one: Callable[[Any], Any]) -> tuple[Any, ...]:
@@ -106,6 +110,9 @@ def judge(desk: Desk, name: str, body: Any) -> dict[str, Any]:
     rewrites = body.get("rewrites") or []
     if not isinstance(rewrites, list) or not all(isinstance(one, list) and len(one) == 2 for one in rewrites):
         raise UserError("rewrites must be a list of [place, text].")
+    written = ((order[_place(at, count)], _readable(text, "rewrites")) for at, text in rewrites)
+    # Who opens the box and changes nothing has written nothing. Browsers end lines in their own way.
+    rewritten = tuple((at, text) for at, text in written if _unix(text) != _unix(_text(task.answers[at])))
     version = _string(body, "guidelines", 100)
     if version and not desk.record.knows(version):
         raise UserError(f"there are no guidelines of the version {version!r}; load the page anew.")
@@ -119,8 +126,7 @@ def judge(desk: Desk, name: str, body: Any) -> dict[str, Any]:
         ranks=placed("ranks", _number), marks=placed("marks", _number),
         ratings=placed("ratings", lambda one: None if one is None else _rating(one, desk.scale)),
         flags=placed("flags", lambda some: tuple(_each(some, "flags"))),
-        rewrites=tuple((order[_place(at, count)], _readable(text, "rewrites")) for at, text in rewrites),
-        note=_string(body, "note", 10_000), guidelines=version, shown=order,
+        rewrites=rewritten, note=_string(body, "note", 10_000), guidelines=version, shown=order,
         seconds=None if seconds is None else _number(seconds), replaces=body.get("replaces"),
     )  # fmt: skip
     check(said, task)
@@ -174,6 +180,10 @@ def _readable(value: Any, field: str) -> str:
         raise UserError(f"{reason}.") from None
 
 
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or abs(value) > 1e9:
         raise UserError(f"{str(value)[:40]!r} is not a number that is allowed here.")
@@ -211,11 +221,11 @@ API: dict[tuple[str, str], tuple[str, Reply]] = {
 }
 
 
-def make(desk: Desk, host: str) -> Guard:
-    """The application, which listens at `host`."""
+def make(desk: Desk, host: str, address: str = "") -> Guard:
+    """The application, which listens at `host` and is opened at `address`, as Guard has them."""
     api = [Route(path, _endpoint(desk, role, reply), methods=[method]) for (method, path), (role, reply) in API.items()]
     pages = [Route("/", _file("label.html")), Route("/board", _file("board.html"))]
-    return Guard(Starlette(routes=[*pages, *api, Mount("/static", StaticFiles(directory=STATIC))]), host)
+    return Guard(Starlette(routes=[*pages, *api, Mount("/static", StaticFiles(directory=STATIC))]), host, address)
 
 
 def _file(name: str) -> Any:
@@ -230,7 +240,8 @@ def _endpoint(desk: Desk, role: str, reply: Reply) -> Any:
 
     def work(secret: str, given: Any) -> Any:
         found = desk.record.whose(secret) if secret else None
-        if found is None:
+        # Who is no longer among the labellers is as good as unknown.
+        if found is None or (found[1] == LABELLER and desk.labellers is not None and found[0] not in desk.labellers):
             raise Refusal(401, "this link is not known here; ask for a new one.")
         name, has = found
         if has != role:
@@ -257,7 +268,7 @@ def _endpoint(desk: Desk, role: str, reply: Reply) -> Any:
 
 def _parsed(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body, parse_constant=_no_number)
+        value = json.loads(body, parse_constant=_no_number, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could never be sent back
     except (ValueError, TypeError, RecursionError):
         value = None
@@ -268,3 +279,9 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):  # 1e999 could never be sent back
+        _no_number(text)
+    return value

@@ -11,7 +11,7 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 LARGEST = 512 * 1024  # bytes of a request's body: a rewritten answer has at most 100 thousand characters
 HEADERS = {
@@ -41,11 +41,12 @@ class Refusal(Exception):
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: App, host: str) -> None:
+    def __init__(self, app: App, host: str, address: str = "") -> None:
         """Args:
         host: the address that the server listens at.
+        address: what people open, as https://NAME, if that is not the host: a proxy's, or this machine's.
         """
-        self.app, self.host = app, host
+        self.app, self.host, self.address = app, host, address
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -61,7 +62,7 @@ class Guard:
 
         try:
             headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-            check(scope["method"], headers, self.host)
+            check(scope["method"], headers, self.host, self.address)
             body = await _body(headers, receive)
         except Refusal as refusal:
             await _refuse(refusal, with_headers)
@@ -74,28 +75,38 @@ class Guard:
         await self.app(scope, once, with_headers)
 
 
-def check(method: str, headers: dict[str, str], host: str) -> None:
+def check(method: str, headers: dict[str, str], host: str, address: str = "") -> None:
     """Raises Refusal for a request that did not come from the server's own page, or from a program on purpose."""
     addressed = headers.get("host", "")
-    if not _is_own(addressed, host):
+    if not _is_own(addressed, host, address):
         raise Refusal(421, "this server does not answer to that name; open the link that it printed.")
     site = headers.get("sec-fetch-site", "none")
     if site not in ("same-origin", "none") and not (method in SAFE and headers.get("sec-fetch-mode") == "navigate"):
         raise Refusal(403, "a page of another site asked for this; open the link that the server printed.")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != addressed:
+    if origin is not None and origin != address and _split(origin).netloc != addressed:
         raise Refusal(403, "a page of another site asked for this; open the link that the server printed.")
     if method not in SAFE and headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refusal(415, "a body must be of the type application/json.")
 
 
-def _is_own(addressed: str, host: str) -> bool:
+def _split(url: str) -> SplitResult:
+    """The parts of an address; none of one that is no address."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def _is_own(addressed: str, host: str, address: str) -> bool:
     """Whether a Host header names this server.
 
-    One that listens to this machine alone has its local names. One that others reach may be called by its number,
-    which no foreign name server can give away, or by the name that it was started with.
+    One that listens to this machine alone has its local names, and that of a proxy before it. One that others reach may
+    be called by its number, which no foreign name server can give away, or by the name that it was started with.
     """
-    name = urlsplit(f"//{addressed}").hostname or ""
+    name = _split(f"//{addressed}").hostname or ""
+    if name and name == _split(address).hostname:
+        return True
     if host in LOCAL:
         return name in LOCAL
     try:

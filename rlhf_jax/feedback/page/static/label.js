@@ -2,7 +2,7 @@
 
 import { guide } from "./guide.js";
 import { LETTERS, rankingBoard, ranks } from "./ranking.js";
-import { Refused, ask, askJson, flush, hasLink, insist, keep, kept, make, message, newId, send } from "./talk.js";
+import { Refused, ask, flush, hasLink, insist, keep, kept, make, message, newId, send, shelve } from "./talk.js";
 
 const at = (id) => document.getElementById(id);
 const MARKS = [[1, "Good"], [0, "Neutral"], [-1, "Bad"]];
@@ -11,6 +11,8 @@ let begun = null; // what has been said so far of turn.task
 let seen = 0; // when the task came into view, or 0 while it is out of it
 let sending = false;
 let saving = 0;
+let waiting = 0; // the timer that looks again
+let round = 0; // of looking for what is next: a reply that comes late is not of the last one
 
 function warn(says) {
   at("warning").textContent = says;
@@ -29,8 +31,15 @@ function fits(draft, task) {
   return draft !== null && typeof draft === "object" && lists.every((name) => draft[name]?.length === task.answers.length);
 }
 
-// The newest of this browser's draft and the server's, else what was taken back, else nothing.
+// The newest of this browser's draft and the server's, else what was taken back, else nothing. The server may have been
+// started with another scale since.
 function restored(task) {
+  const found = newest(task);
+  const fit = (rating) => (Number.isInteger(rating) && rating >= 1 && rating <= turn.scale ? rating : null);
+  return { ...found, ratings: found.ratings.map(fit) };
+}
+
+function newest(task) {
   const drafts = [kept(`draft:${task.id}`), task.draft].filter((draft) => fits(draft, task));
   if (drafts.length) return drafts.sort((a, b) => b.at - a.at)[0];
   const made = fresh(task);
@@ -67,43 +76,50 @@ function missing() {
   return task.kind === "steps" ? `Still to mark: ${open.join(", ")}.` : `Still to rank: ${open.join(", ")}.`;
 }
 
+// While something is sent, nothing can be changed that would not be sent with it.
+async function held(path, body) {
+  clearTimeout(saving);
+  const focused = document.activeElement;
+  sending = at("main").inert = true;
+  try {
+    return await send(path, body, warn);
+  } finally {
+    sending = at("main").inert = false;
+    if (focused instanceof HTMLElement) focused.focus({ preventScroll: true });
+  }
+}
+
 async function finish(kind) {
-  if (sending || !turn?.task) return;
+  if (sending || !begun) return;
   const says = kind === "unsure" ? "" : missing();
   at("missing").textContent = says;
   if (says) return;
   look();
-  sending = true;
-  clearTimeout(saving);
   const task = turn.task;
   const body = {
     id: newId(), task: task.id, kind, replaces: task.replaces, guidelines: turn.guidelines.version,
-    seconds: Math.round(10 * begun.seconds) / 10, note: begun.note, flags: begun.flags, ratings: begun.ratings,
+    seconds: Math.round(10 * begun.seconds) / 10, note: begun.note, flags: begun.flags,
+    ratings: turn.scale ? begun.ratings : [],
     ranks: kind === "ranking" ? ranks(begun.places) : [], marks: kind === "steps" ? begun.marks : [],
-    rewrites: Object.entries(begun.rewrites).filter(([, text]) => text.trim()).map(([k, text]) => [Number(k), text]),
+    rewrites: Object.entries(begun.rewrites).filter(([k, text]) => text.trim() && text !== task.answers[k]).map(([k, text]) => [Number(k), text]),
   };
   try {
-    await send("/api/judgement", body, warn);
+    await held("/api/judgement", body);
     keep(`draft:${task.id}`, null);
   } catch (fault) {
     if (!(fault instanceof Refused)) throw fault;
     if (fault.status !== 409) return fault.status === 401 ? unknown() : warn(fault.message);
     keep(`draft:${task.id}`, null); // judged in another window: what is next is said by the server
-  } finally {
-    sending = false;
   }
   await next();
 }
 
 async function undo() {
   if (sending || !turn?.undo) return;
-  sending = true;
   try {
-    await send("/api/undo", { last: turn.undo, id: newId() }, warn);
+    await held("/api/undo", { last: turn.undo, id: newId() });
   } catch (fault) {
     if (!(fault instanceof Refused)) throw fault;
-  } finally {
-    sending = false;
   }
   await next();
 }
@@ -230,6 +246,7 @@ function draw() {
     ? make("div", { class: "answers" }, ...task.answers.map((_, k) => card(task, k, move)))
     : stepList(task);
   const left = make("div", { class: "task" }, first(), prompt(task), answers);
+  at("main").dataset.says = "";
   at("main").replaceChildren(left, side);
   document.onkeydown = (event) => key(event, task, move);
 }
@@ -242,6 +259,7 @@ function first() {
 }
 
 function key(event, task, move) {
+  if (sending || !begun) return;
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
     finish(task.kind);
@@ -263,6 +281,9 @@ function key(event, task, move) {
 
 function show(...parts) {
   document.onkeydown = null;
+  const says = JSON.stringify(parts);
+  if (at("main").dataset.says === says) return; // a screen reader would say it again
+  at("main").dataset.says = says;
   at("main").replaceChildren(message(...parts));
 }
 
@@ -279,12 +300,21 @@ const MESSAGES = {
 };
 
 async function next() {
+  clearTimeout(waiting);
+  if (begun) at("main").inert = true; // what is shown is over
   begun = null;
+  const own = ++round;
+  let found;
   try {
-    turn = await insist("/api/turn", undefined, warn);
+    do found = await insist("/api/turn", undefined, warn);
+    while (await arrived(found));
+    if (own !== round) return;
+    turn = found;
   } catch (fault) {
     if (!(fault instanceof Refused)) throw fault;
     return fault.status === 401 ? unknown() : show("This link is not for labelling", fault.message);
+  } finally {
+    at("main").inert = false;
   }
   at("who").textContent = turn.name;
   at("count").textContent = turn.task || turn.state === "wait" ? `${turn.done} done · ${turn.left} left` : `${turn.done} done`;
@@ -294,7 +324,7 @@ async function next() {
   at("saved").textContent = "";
   if (!turn.task) {
     show(...MESSAGES[turn.state]());
-    if (turn.state === "wait") setTimeout(next, 5000);
+    if (turn.state === "wait") waiting = setTimeout(() => sending || next(), 5000); // whoever sends comes here after it
     return;
   }
   begun = restored(turn.task);
@@ -305,12 +335,21 @@ async function next() {
   window.scrollTo(0, 0);
 }
 
+let home = false; // whether what waited in this browser was sent
+
+// The first reply says whose browser this is: then what was left unsent is sent, and asked again what is next.
+async function arrived({ shelf }) {
+  if (home) return false;
+  home = true;
+  shelve(shelf);
+  return flush(warn);
+}
+
 async function start() {
   if (!hasLink) return show("This page needs your own link", "Open the whole link that you were sent, with all that stands behind the # sign.");
   at("undo").addEventListener("click", undo);
   document.addEventListener("visibilitychange", () => begun && look());
   window.addEventListener("hashchange", () => location.reload()); // another link in the same tab
-  await flush(warn);
   await next();
 }
 

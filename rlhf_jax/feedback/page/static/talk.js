@@ -1,7 +1,12 @@
 // The secret of the link, requests with it, and answers that wait for the server to come back.
 
-const secret = decodeURIComponent(location.hash.slice(1));
-const shelf = `label:${secret.slice(0, 8)}:`; // several links in one browser keep apart
+const secret = location.hash.slice(1);
+let shelf = "label::";
+
+// Several people in one browser keep apart, and somebody with a new link finds what the old one left.
+export function shelve(name) {
+  shelf = `label:${name}:`;
+}
 
 export class Refused extends Error {
   constructor(status, says) {
@@ -76,27 +81,41 @@ export async function insist(path, body, tell) {
   }
 }
 
-// An answer is put down here before it is sent, so that a closed tab or a crash loses nothing.
+// An answer is put down here before it is sent, so that a closed tab or a crash loses nothing. It stays until it stands
+// in the record: a link that has ended, or a server that was started otherwise, refuses it for a while only.
 export async function send(path, body, tell) {
-  const place = `outbox:${body.id}`; // each its own: two windows must not drop each other's
-  keep(place, { path, body });
+  keep(`outbox:${body.id}`, { path, body }); // each its own: two windows must not drop each other's
   try {
-    return await insist(path, body, tell);
-  } finally {
-    keep(place, null); // sent or refused; a closed page doesn't come here
+    const reply = await insist(path, body, tell);
+    drop(body);
+    return reply;
+  } catch (fault) {
+    if (fault instanceof Refused && fault.status === 409) drop(body); // judged in another window
+    throw fault;
   }
 }
 
-export async function flush(tell) {
+// Takes away what was sent, and what was refused of the same task before it was mended.
+function drop(body) {
   for (const name of waiting()) {
+    const left = kept(name)?.body;
+    if (!left || left.id === body.id || (body.task && left.task === body.task)) keep(name, null);
+  }
+}
+
+// Sends what waits; tells whether there was something.
+export async function flush(tell) {
+  const names = waiting();
+  for (const name of names) {
     const left = kept(name);
     if (left === null) continue;
     try {
       await send(left.path, left.body, tell);
     } catch (fault) {
-      if (!(fault instanceof Refused)) throw fault; // refused: it stands there already
+      if (!(fault instanceof Refused)) throw fault;
     }
   }
+  return names.length > 0;
 }
 
 function waiting() {

@@ -106,7 +106,7 @@ def one(folder: pathlib.Path, out: pathlib.Path, name: str, seed: int) -> dict[s
     gold = gold_of(choices)
     chances = {method: labelling.METHODS[method](choices, seed).probability for method in METHODS}
     chances = {"majority": chances["majority"], "share": chances["majority"]} | chances
-    chances["gold"] = np.clip((np.sign(gold) + 1) / 2, 0, 1)
+    chances["gold"] = (np.sign(gold) + 1) / 2
     found = {}
     for way, chance in chances.items():
         work = out / (f"gold-{seed}" if way == "gold" else f"{name.strip('%')}-{seed}-{way}")

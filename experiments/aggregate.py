@@ -18,8 +18,8 @@ from experiments.rank import open_out
 from rlhf_jax import flags, report
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.intervals import Estimate
+from rlhf_jax.evaluate.labelling import GRADES, MOST, TRAITS, Agreement, Habits, Weighed, agreements, duos, habits
 from rlhf_jax.evaluate.labelling import METHODS as WAYS
-from rlhf_jax.evaluate.labelling import MOST, TRAITS, Agreement, Habits, Weighed, agreements, habits
 from rlhf_jax.feedback import choices
 from rlhf_jax.feedback.choices import Choices
 
@@ -49,16 +49,19 @@ def told(value: Estimate | float | None) -> str:
     return f"{value:.2f}"
 
 
-def agreement_table(found: Sequence[Agreement], graded: bool) -> report.Table:
+def agreement_table(found: Sequence[Agreement], grades: int) -> report.Table:
     """Of all, and of each two. Where nobody tells more than two grades, all weights and levels say the same."""
     columns = ["same", "kappa", "weighted", "nominal", "ordinal", "interval"]
     shown = {"same": "same", "kappa": "kappa", "nominal": "alpha"}
-    if graded:
+    note = INTERVALS
+    if grades > GRADES:
+        note += f" Figures of grades are left out: there are {grades:,} different ones, more than {GRADES}."
+    elif grades > 2:
         shown |= {"weighted": "weighted kappa", "ordinal": "alpha, ordinal", "interval": "alpha, interval"}
     rows = [
         (one.who, str(one.items), *(told(getattr(one, name)) for name in columns if name in shown)) for one in found
     ]
-    return report.Table("Agreement", ["who", "pairs", *(shown[c] for c in columns if c in shown)], rows, INTERVALS)
+    return report.Table("Agreement", ["who", "pairs", *(shown[c] for c in columns if c in shown)], rows, note)
 
 
 def habits_table(found: Sequence[Habits]) -> report.Table:
@@ -95,7 +98,7 @@ def tables(
     """All that is printed."""
     names = [one.name for one in sorted(tends, key=lambda one: -one.choices)][:SHOWN]
     blocks = [
-        agreement_table(agreed, len(set(made.grade.tolist())) > 2),
+        agreement_table(agreed, len(set(made.grade.tolist()))),
         habits_table([one for one in tends if one.name in names]),
     ]
     return blocks + ([method_table(program.method, weighed, names)] if weighed.people else [])
@@ -110,6 +113,9 @@ def main(program: Aggregate) -> None:
     if not 0 <= program.seed < 2**32:
         raise UserError(f"--seed={program.seed} is not allowed; it must be from 0 to {2**32 - 1}.")
     out = open_out(program.out)
+    beside = out.parent / f"{out.stem}.labellers.json"
+    if beside.exists():
+        raise UserError(f"--out={program.out} would overwrite {beside}; give another name.")
     found = choices.read(program.rows, chat=program.messages, shown=program.shown)
     made = found.choices
     weighed = WAYS[program.method](made, program.seed)
@@ -122,12 +128,11 @@ def main(program: Aggregate) -> None:
         tell(block)
         if block.note:
             print(block.note)
-    if len(agreed) > MOST:
+    if len(duos(made)) > MOST:
         print(f"Of the pairs of labellers the {MOST} with the most in common are listed.")
     rows = choices.soft_rows(made, weighed.probability)
     figures = {"agreement": agreed, "labellers": tends, "method": program.method, "of_method": weighed.people}
     kept = {name: list(map(as_json, one)) if isinstance(one, list) else as_json(one) for name, one in figures.items()}
-    beside = out.parent / f"{out.stem}.labellers.json"
     beside.write_text(json.dumps(kept, indent=2) + "\n")
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"wrote {out} and {beside}; train with --config.data.path={out} --config.data.probability=probability")

@@ -7,8 +7,9 @@ pairs are written with soft labels, to train on. docs/judges.md has more.
 import dataclasses
 import json
 import os
+import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -55,7 +56,14 @@ class Judges(Sampling):
     messages: Annotated[bool, "questions are written to --out as messages, for tokenizers with a chat template"] = False
     chat_template: Annotated[str | None, "Jinja file used in the place of the tokenizers' chat templates"] = None
     endpoint: Annotated[Endpoint, "judges behind an address"] = Endpoint()
-    seed: Annotated[int, "of rationales and of the resampling"] = 0
+    seed: Annotated[int, "of rationales, also behind an address, and of the resampling"] = 0
+
+
+class Asked(NamedTuple):
+    """A judge, and what it says of each pair."""
+
+    judge: Judge
+    verdicts: list[Verdict]
 
 
 # What is asked for
@@ -63,7 +71,19 @@ class Judges(Sampling):
 
 def is_address(judge: str) -> bool:
     """Whether a judge is behind an address."""
-    return judge.startswith(("https://", "http://"))
+    return judge.lower().startswith(("https://", "http://"))
+
+
+def host_of(judge: str) -> str:
+    """The machine of an address, which may hold a password as well.
+
+    >>> host_of("https://me:s3cret@host:80/v1")
+    'host'
+    """
+    try:
+        return urllib.parse.urlsplit(judge).hostname or "an address"
+    except ValueError:
+        return "an address"
 
 
 def column_of(judge: str) -> tuple[str, str] | None:
@@ -111,7 +131,9 @@ def check_flags(program: Judges) -> None:
     check_read(program)
     for judge in program.judge:
         if is_address(judge) and not judge.partition("#")[2]:
-            raise UserError(f"--judge={judge.partition('?')[0]} names no model; give it as https://HOST/v1#MODEL.")
+            raise UserError(f"the judge at {host_of(judge)} has no model; give --judge=https://HOST/v1#MODEL.")
+    if program.messages and program.out is None:
+        raise UserError("--messages is of what --out writes, and nothing is written; give --out or drop it.")
 
 
 def check_read(program: Judges) -> None:
@@ -140,7 +162,8 @@ def open_judge(judge: str, name: str, template: Template, program: Judges) -> Ju
     if is_address(judge):
         url, _, model = judge.partition("#")
         many = {"temperature": program.temperature, "most": program.max_new_tokens} if program.reasoning else {}
-        return EndpointJudge(name, url, model, template, program.endpoint, **{"most": SHORT, **many})
+        many = {"most": SHORT, "seed": program.seed, **many}
+        return EndpointJudge(name, url, model, template, program.endpoint, **many)
     if (found := column_of(judge)) is not None:
         return recorded(*found, name)
     policy = open_policy(judge, flag="--judge")
@@ -174,17 +197,38 @@ def called(path: str) -> str:
 
 
 def pairs_of(program: Judges) -> list[Compared]:
-    """The pairs of all files, those that can't be used told. Errors: UserError as `pairs.read`."""
+    """The pairs of all files, those that can't be used told.
+
+    Errors: UserError as `pairs.read`, for --out with rows that nothing may be trained on, and an unread --probability.
+    """
     found: list[Compared] = []
+    chances = False
     for path in program.rows:
         source = called(path)
         source = path if any(one.source == source for one in found) else source
         got = read(path, source, program.probability)
+        if got.evaluation and program.out is not None:
+            raise UserError(f"{path} is for evaluation alone, and --out writes rows to train on; drop one of the two.")
+        chances = chances or got.chances
         found += got.pairs[: program.most]
         if got.refused:
             where, why = next(iter(got.refused.items()))
             print(f"{path}: {len(got.refused)} rows can't be used, the first {where}: {why}")
+    if program.probability is not None and not chances:
+        raise UserError("--probability is of rows of chosen and rejected, and there are none in --rows; drop it.")
     return found
+
+
+def ask(program: Judges, names: Sequence[str], template: Template, found: Sequence[Compared]) -> dict[str, Asked]:
+    """Every judge with its verdicts, in the order of the names. Errors: UserError as the judges.
+
+    Those behind addresses are opened and asked first: they may refuse, and what they said is kept in the cache.
+    """
+    order = sorted(zip(names, program.judge, strict=True), key=lambda one: not is_address(one[1]))
+    judges = {name: open_judge(judge, name, template, program) for name, judge in order}
+    pairs = [one.pair for one in found]
+    asked = {name: Asked(judge, judge(pairs)) for name, judge in judges.items()}
+    return {name: asked[name] for name in names}
 
 
 # What is found
@@ -226,11 +270,8 @@ def main(program: Judges) -> None:
         check_writable(epath.Path(os.path.expanduser(program.endpoint.cache)), "cache", "--endpoint.cache")
     found = pairs_of(program)
     run.use_compile_cache()
-    judges = {
-        name: open_judge(judge, name, template, program) for name, judge in zip(names, program.judge, strict=True)
-    }
-    pairs = [one.pair for one in found]
-    verdicts = {name: judge(pairs) for name, judge in judges.items()}
+    asked = ask(program, names, template, found)
+    verdicts = {name: one.verdicts for name, one in asked.items()}
     others = together(found, verdicts, seed=program.seed) if len(verdicts) > 1 else None
     said = average(list(verdicts.values()))
     shown = verdicts | ({MEAN: said} if len(verdicts) > 1 else {})
@@ -238,7 +279,7 @@ def main(program: Judges) -> None:
         tell(table)
         if table.note:
             print(table.note)
-    for line in spent_of(judges):
+    for line in spent_of({name: one.judge for name, one in asked.items()}):
         print(line)
     if out is not None:
         rows = soft(found, said, " + ".join(names), program.messages)

@@ -165,7 +165,7 @@ def test_glad_and_mace_weigh_by_skill():
 def test_what_glad_needs_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "crowdkit", None)
     with pytest.raises(
-        UserError, match=r"glad needs crowd-kit .*pip install 'rlhf_jax\[labels\]', or take dawid_skene"
+        UserError, match=r"glad needs crowd-kit .*pip install 'rlhf_jax\[aggregate\]', or take dawid_skene"
     ):
         aggregate.glad(two_classes()[0])
 
@@ -223,6 +223,19 @@ def test_the_names_and_the_order_of_choices_are_no_matter():
     assert skill(one) == pytest.approx(skill(other))
 
 
+def test_one_prompt_of_many_answers_makes_no_other_larger(monkeypatch):
+    said = [Choice(f"Q{n}", "A", "B", float(n % 2), "x") for n in range(30)]
+    many = [Choice("many", str(n), str(n + 1), 1.0, "x") for n in range(9)]
+    made = choices.gather([*said[:10], *many, *said[10:]])
+    assert bradley_terry._start(made).blocks.cells == 30 * 2**2 + 10**2
+    fit = bradley_terry.fit(made)
+    assert (np.diff(fit.worth[made.prompt == 10]) < 0).all()
+    assert ((fit.probability[made.unit != 10] > 0.5) == (made.sign[made.unit[made.pair] != 10] == 1)).all()
+    monkeypatch.setattr(bradley_terry, "LARGEST", 200)
+    with pytest.raises(UserError, match="'many' has the most, 10 answers; leave some away, or take dawid_skene"):
+        bradley_terry.fit(made)
+
+
 # Habits
 
 
@@ -274,6 +287,19 @@ def test_rows_of_every_kind_become_choices_and_come_back(tmp_path):
         assert columns_of_pairs(row, Data(probability="probability"), [read]) == {"probability": row["probability"]}
 
 
+def test_files_of_one_name_are_two_labellers_and_soft_labels_are_soft_votes(tmp_path):
+    files = [tmp_path / who / "labels.jsonl" for who in ("ann", "bob")] + [tmp_path / "cy.jsonl"]
+    for file, chance in zip(files, ({}, {"probability": 0.3}, {"probability": 0.5}), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B"} | chance) + "\n")
+    made = choices.read(list(map(str, files))).choices
+    assert made.people == (str(files[0]), str(files[1]), "cy")
+    ahead = made.texts[made.pairs[0, 0]][2] == "A"
+    assert made.grade.tolist() == ([1, 0.3, 0.5] if ahead else [0, 0.7, 0.5])
+    files[2].write_text(json.dumps({"prompt": "Q", "chosen": "A", "rejected": "B", "probability": 2}) + "\n")
+    assert choices.read(list(map(str, files))).refused == [(f"{files[2]}:1", "'probability' is 2.0, not from 0 to 1")]
+
+
 def test_conversations_and_tools_come_back_as_they_were():
     prompt, tools = (Message("user", "Q"),), '[{"type": "function", "function": {"name": "f"}}]'
     answers = (Message("assistant", "A"),), (Message("assistant", "B"),)
@@ -302,6 +328,7 @@ def call(*words: str) -> None:
 @pytest.mark.parametrize("method", ["majority", "dawid_skene", "bradley_terry"])
 def test_the_program_writes_soft_labels_and_says_who_agrees(tmp_path, capsys, monkeypatch, method):
     monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(program, "MOST", 6)  # as many pairs of labellers as there are
     panel = [labellers.Labeller(seed=n, noise=0.1 * n) for n in range(4)]
     prompts = [row["prompt"] for row in world_rows.prompts(30, 0, kinds=("fact",))]
     texts = ["Sure! It is here.", "Whatever. No."]
@@ -327,6 +354,11 @@ def test_the_program_writes_soft_labels_and_says_who_agrees(tmp_path, capsys, mo
     assert sum(row["chosen"].startswith("Sure!") for row in made) > 27
     figures = json.loads((tmp_path / "out.labellers.json").read_text())
     assert figures["method"] == method and len(figures["labellers"]) == 4 and len(figures["agreement"]) == 7
+    assert "Of the pairs of labellers" not in told
+    out.unlink()
+    with pytest.raises(SystemExit):
+        call(f"--rows={tmp_path / 'in.jsonl'}", f"--out={out}", f"--method={method}")
+    assert "would overwrite" in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ def test_cohens_own_example():
     """Cohen 1968, table 1 (that of 1960): 200 diagnoses, kappa 0.492."""
     table = np.array([[88, 14, 18], [10, 40, 10], [2, 6, 12]], float)
     assert float(agreement.cohen(table)) == pytest.approx(0.492, abs=5e-4)
-    assert float(agreement.share(table)) == pytest.approx(0.70)
 
 
 def test_fleiss_example():
@@ -239,6 +238,44 @@ def test_where_all_say_the_same_chance_is_undefined():
     said += [Choice(f"R{n}", "A", "B", 0.0, who) for n in range(5) for who in ("ann", "bob")]
     everyone, duo = labelling.agreements(choices.gather(said))
     assert [one and one.mean for one in (everyone.kappa, everyone.nominal, duo.kappa)] == [1, 1, 1]
+
+
+def test_grades_are_as_far_apart_as_they_say():
+    """Weighted kappa of 0, 0.1 and 1: classes by number would put 0.1 half way."""
+    pairs = [(0.0, 0.1), (0.1, 0.1), (1.0, 0.1), (1.0, 1.0), (0.0, 0.0), (0.1, 1.0), (1.0, 1.0)]
+    said = [Choice(f"Q{n}", "A", "B", pair[k], "xy"[k]) for n, pair in enumerate(pairs) for k in range(2)]
+    everyone, duo = labelling.agreements(choices.gather(said))
+    squared = lambda a, b: (a - b) ** 2
+    assert duo.weighted is not None and duo.weighted.mean == pytest.approx(plain_cohen(pairs, squared))
+    number = {0.0: 0, 0.1: 1, 1.0: 2}
+    assert duo.weighted.mean != pytest.approx(plain_cohen([(number[a], number[b]) for a, b in pairs], squared))
+    assert everyone.interval is not None
+    assert everyone.interval.mean == pytest.approx(plain_alpha([list(p) for p in pairs], lambda a, b, _: squared(a, b)))
+    evenly = agreement.cohen(sums(agreement.joint(UNITS[:, :2], 5)), "quadratic")
+    assert float(evenly) == float(
+        agreement.cohen(sums(agreement.joint(UNITS[:, :2], 5)), "quadratic", 3 * np.arange(5.0))
+    )
+
+
+def test_many_different_grades_have_no_figures_of_grades():
+    rng = np.random.default_rng(0)
+    said = [Choice(f"Q{n}", "A", "B", float(rng.random()), who) for n in range(labelling.GRADES) for who in "xy"]
+    for found in labelling.agreements(choices.gather(said)):
+        assert found.weighted is found.ordinal is found.interval is None and found.nominal is not None
+
+
+def test_a_grade_from_the_other_side_is_the_same_grade_and_the_last_of_a_labeller_counts():
+    said = [Choice("Q", "A", "B", 0.3, "x"), Choice("Q", "B", "A", 0.7, "y"), Choice("Q", "B", "A", 1.0, "z")]
+    assert choices.gather(said).grade.tolist() == [0.3, 0.3, 0.0]
+    made = choices.gather([*said, Choice("Q", "B", "A", 0.5, "x", shown=False)])
+    assert made.grade.tolist() == [0.5, 0.3, 0.0] and made.shown.tolist() == [0, -1, -1]
+    assert [row["labels"] for row in choices.soft_rows(made, np.array([0.5]))] == [3]
+    assert labelling.METHODS["majority"](choices.gather([*said, *said[:1] * 5]), 0).probability.tolist() == [0.0]
+
+
+def test_only_labellers_with_pairs_in_common_are_duos():
+    said = [Choice(q, "A", "B", 1.0, who) for q, people in (("Q", "xy"), ("R", "xyz"), ("S", "w")) for who in people]
+    assert labelling.duos(choices.gather(said)) == [(0, 1), (0, 2), (1, 2)]
 
 
 def test_intervals_hold_the_truth():

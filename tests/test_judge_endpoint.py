@@ -1,110 +1,29 @@
 """Judges behind an address, against a small server of faults: what they survive, what they cost, what they keep."""
 
 import asyncio
-import http.server
 import json
-import math
 import re
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from experiments import judge as program
-from rlhf_jax import flags
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import judge_endpoint
 from rlhf_jax.feedback.judge_endpoint import Endpoint, EndpointJudge
 from rlhf_jax.feedback.judges import Pair, Template
+from tests.chat_server import completion, say, serve
 
 PLAIN = Template("{prompt}|{first}|{second}", "Best:")
 KEY = "sk-very-secret-1234"
 PAIRS = [Pair(f"q{n}", "yes", "no") for n in range(4)]
 
 
-def completion(text: Any, options: dict[str, float] | None = None, used: int | None = 10) -> dict[str, Any]:
-    """A chat completion; `options` are probabilities of its last token."""
-    choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
-    if options is not None:
-        top = [{"token": token, "logprob": math.log(share)} for token, share in options.items()]
-        choice["logprobs"] = {"content": [{"token": "x", "logprob": 0.0, "top_logprobs": []}, top[0] | {
-            "top_logprobs": top}]}  # fmt: skip
-    return {"choices": [choice]} | ({} if used is None else {"usage": {"total_tokens": used}})
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Answers each call as `reply(question, number of the call)` says: a status, headers and a body."""
-
-    daemon_threads = True
-    reply: Callable[[str, int], tuple[int, dict[str, str], bytes] | None]
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.calls: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.waiting = self.most_waiting = 0
-        self.pause = 0.0
-        self.lock = threading.Lock()
-        self.reply = lambda question, number: say(completion("A"))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):  # a client that left is what is tested
-        pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.calls.append(body)
-            server.keys.append(self.headers["Authorization"])
-            number = len(server.calls)
-            server.waiting += 1
-            server.most_waiting = max(server.most_waiting, server.waiting)
-        try:
-            time.sleep(server.pause)
-            told = server.reply(body["messages"][0]["content"], number)
-        finally:
-            with server.lock:
-                server.waiting -= 1
-        if told is None:
-            self.connection.close()
-            return
-        status, headers, content = told
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format, *args):
-        pass
-
-
-def say(value: Any, status: int = 200, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    content = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return status, {name.replace("_", "-"): text for name, text in headers.items()}, content
-
-
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.shutdown()
-    thread.join()
-    made.server_close()
+    with serve(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture
@@ -209,11 +128,14 @@ def test_one_that_stays_broken_is_given_up(server, make):
 
 
 def test_a_slow_call_ends_at_its_time_and_is_asked_again(server, make):
-    server.reply = lambda question, number: (number == 1 and time.sleep(0.2)) or say(completion("A"))
-    judge = make(wait=0.08, at_once=1)
+    server.reply = lambda question, number: (number == 1 and time.sleep(0.8)) or say(completion("A"))
+    judge = make(wait=0.5, at_once=1)
     assert judge(PAIRS[:1])[0].probability == 0.5 and judge.spent.calls == 3
     server.pause = 0.2
-    assert make(wait=0.05, tries=1)(PAIRS[:1])[0].why == "no answer within 0.05 s, 1 times"
+    judge = make(wait=0.05, tries=1, most=1000)
+    assert judge(PAIRS[:1])[0].why == "no answer within 0.05 s, 1 times"
+    asked = sum(-(-len(json.dumps(body)) // 4) for body in server.calls[-2:])
+    assert judge.spent.tokens == asked + 2 * 1000  # the other side may have written all that it was allowed to
 
 
 def test_all_calls_end_at_the_deadline_with_what_was_judged(server, make):
@@ -223,6 +145,33 @@ def test_all_calls_end_at_the_deadline_with_what_was_judged(server, make):
     assert time.monotonic() - start < 2
     assert [verdict.probability for verdict in verdicts] == [0.5, None, None, None]
     assert {verdict.why for verdict in verdicts[1:]} == {"not answered before the deadline of 0.15 s"}
+
+
+def test_calls_that_the_deadline_breaks_off_are_paid_for(server, make):
+    server.pause = 0.4
+    judge = make(deadline=0.15, most=1000)
+    assert judge(PAIRS[:1])[0].probability is None and judge.spent.tokens > 1000 * judge.spent.calls > 0
+
+
+def test_at_the_deadline_it_is_said_why_it_was_asked_again(server, make):
+    server.reply = lambda question, number: say(b"", 503) if number <= 2 else (time.sleep(0.4), say(completion("A")))[1]
+    (verdict,) = make(deadline=0.2)(PAIRS[:1])
+    assert verdict.why == "not answered before the deadline of 0.2 s; before that status 503"
+
+
+def test_one_that_wants_to_be_left_alone_for_too_long_is_given_up_at_once(server, make):
+    server.reply = lambda question, number: say(b"", 429, Retry_After="86400")
+    (verdict,) = make(deadline=60.0)(PAIRS[:1])
+    assert verdict.why == "status 429, and it wants to be left alone until the deadline has passed"
+    assert len(server.calls) == 2 and not make.waits
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_one_question_that_is_forbidden_is_one_without_a_verdict(server, make, status):
+    server.reply = lambda question, number: say(b"no", status) if question == "q1|yes|no" else say(completion("A"))
+    verdicts = make(at_once=1)(PAIRS[:3])
+    assert [verdict.probability for verdict in verdicts] == [0.5, None, 0.5] and len(server.calls) == 6
+    assert verdicts[1].why == f"refused with status {status} (no)"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -248,6 +197,21 @@ def test_no_more_calls_wait_than_may(server, make):
     server.pause = 0.02
     assert all(verdict.probability == 0.5 for verdict in make(at_once=3)(PAIRS))
     assert server.most_waiting <= 3 and len(server.calls) == 8
+
+
+def test_more_than_a_hundred_calls_may_wait(server, make):
+    enough = threading.Event()
+
+    def reply(question, number):
+        if server.waiting > 105:
+            enough.set()
+        enough.wait(10)
+        return say(completion("A"))
+
+    server.reply = reply
+    verdicts = make(at_once=110, wait=60.0)([Pair(f"q{n}", "yes", "no") for n in range(55)])
+    assert all(verdict.probability == 0.5 for verdict in verdicts)
+    assert 105 < server.most_waiting <= 110
 
 
 def test_the_budget_of_calls_stops_with_what_was_judged(server, make):
@@ -313,6 +277,20 @@ def test_another_question_setting_or_order_is_asked(server, make, tmp_path):
     assert swapped([Pair("q0", "no", "yes")])[0].probability == 0.5 and swapped.spent.calls == 0
 
 
+def test_replies_that_are_drawn_at_random_have_a_seed_and_are_kept_by_it(server, make, tmp_path):
+    def ask(seed: int, **more: Any) -> EndpointJudge:
+        settings = Endpoint(cache=str(tmp_path), wait=5.0, body=more.pop("body", "{}"))
+        judge = EndpointJudge("far", server.url, "m", PLAIN, settings, seed=seed, **more)
+        judge(PAIRS[:1])
+        return judge
+
+    ask(0)
+    assert "seed" not in server.calls[-1] and ask(1).spent.cached == 2
+    for more in ({"temperature": 0.7}, {"body": '{"temperature": 1}'}, {"body": '{"temperature": null, "seed": null}'}):
+        assert ask(3, **more).spent.calls == 2 and server.calls[-1].get("seed") == (None if "null" in str(more) else 3)
+        assert ask(3, **more).spent.cached == 2 and ask(4, **more).spent.calls == 2
+
+
 def test_a_broken_file_of_the_cache_is_asked_for_again(server, make, tmp_path):
     make(cache=str(tmp_path))(PAIRS[:1])
     for file, text in zip(
@@ -345,6 +323,21 @@ def test_addresses_that_give_something_away_are_refused(monkeypatch, url, says):
         EndpointJudge("far", url, "m", PLAIN, Endpoint(cache=""))
 
 
+def test_a_key_goes_to_this_machine_through_no_proxy(server, make, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert make(key_from="MY_KEY", tries=1)(PAIRS[:1])[0].probability == 0.5 and len(server.keys) == 2
+
+
+def test_a_key_in_the_place_of_its_name_is_not_shown():
+    with pytest.raises(UserError, match="key_from must name an environment variable that holds the key") as error:
+        EndpointJudge("far", "https://host/v1", "m", PLAIN, Endpoint(key_from="sk-abc123"))
+    assert "abc123" not in str(error.value)
+
+
 def test_a_key_that_is_not_there_is_named(monkeypatch):
     for value in (None, " ", "a\nb"):
         monkeypatch.delenv("MY_KEY", raising=False)
@@ -365,25 +358,3 @@ def test_it_can_be_asked_where_an_event_loop_runs_already(server, make):
         return make()(PAIRS[:1])
 
     assert asyncio.run(notebook())[0].probability == 0.5
-
-
-# The program
-
-
-def test_the_program_says_what_was_spent_and_never_the_key(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(program.run, "use_compile_cache", lambda: None)
-    monkeypatch.setenv("MY_KEY", KEY)
-    server.reply = lambda question, number: say(completion("A", {"A": 0.8, "B": 0.2}) if number > 1 else {"no": KEY})
-    rows = [{"input": f"q{n}", "output_1": "yes", "output_2": "no", "label": 1} for n in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [
-        f"--judge={server.url}#large", f"--rows={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
-        "--endpoint.key_from=MY_KEY", f"--endpoint.cache={tmp_path / 'kept'}", "--endpoint.at_once=1",
-    ]  # fmt: skip
-    flags.run(program.main, program.Judges, ["judge", *words])
-    told = capsys.readouterr()
-    assert "2 of 3" in told.out and "the reply is no chat completion" in " ".join(told.out.split())
-    assert "large: 6 calls" in told.out and "0 from the cache" in told.out
-    written = (tmp_path / "out.jsonl").read_text()
-    assert len(written.splitlines()) == 2 and json.loads(written.splitlines()[0])["probability"] == 0.5
-    assert KEY not in told.out + told.err + written and server.keys == [f"Bearer {KEY}"] * 6

@@ -13,8 +13,12 @@ from rlhf_jax.data.config import Data
 from rlhf_jax.data.dataset import load
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.feedback.judge_local import TOO_LONG
+from rlhf_jax.feedback.judges import Recorded, Verdict
 from rlhf_jax.workdir import open_policy
 from tests import tiny
+from tests.chat_server import completion, say, serve
+
+KEY = "sk-very-secret-1234"
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +39,11 @@ def lines(file: pathlib.Path) -> list[dict[str, Any]]:
 def place(folder, tmp_path) -> pathlib.Path:
     (tmp_path / "short.txt").write_text("{prompt}\n1 {first}\n2 {second}\n---\nBest:\n")
     tiny.write_pairs(tmp_path / "pairs.jsonl", 6)
-    rows = [{"input": f"q{n}?", "output_1": "a", "output_2": "b" * 4, "label": 1 + n % 2} for n in range(4)]
-    rows.append({"input": "long", "output_1": "a " * 90, "output_2": "b", "label": 1})
+    rows = [{"instruction": f"q{n}?", "output_1": "a", "output_2": "b" * 4, "preference": 1 + n % 2} for n in range(4)]
+    rows.append({"instruction": "long", "output_1": "a " * 90, "output_2": "b", "preference": 1})
     (tmp_path / "numbered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bar = {"input": "q?", "output_1": "a", "output_2": "b", "label": 1}
+    (tmp_path / "llmbar.jsonl").write_text(json.dumps(bar) + "\n")
     return tmp_path
 
 
@@ -64,7 +70,7 @@ def test_the_program_reports_and_writes_rows_to_train_on(place, folder, capsys):
 
 
 def test_the_program_compares_verdicts_on_file_and_averages_judges(place, folder, capsys):
-    judges = "--judge=PLACE/numbered.jsonl:label,PLACE/soft.jsonl:probability"
+    judges = "--judge=PLACE/numbered.jsonl:preference,PLACE/soft.jsonl:probability"
     rows = [{"prompt": f"q{n}?\n", "chosen": "a", "rejected": "b" * 4, "probability": 0.9} for n in range(4)]
     (place / "soft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call(place, judges, "--rows=PLACE/numbered.jsonl", "--most=4", "--names=people,model", "--out=PLACE/mean.jsonl")
@@ -97,9 +103,15 @@ def test_tools_on_offer_stay_with_their_rows(place):
             "--temperature is of rationales, which --reasoning asks for, and there are none; drop",
         ),
         (("--endpoint.at_once=2",), "--endpoint is of judges behind an address, and there are none; drop it"),
-        (("--judge=PLACE/numbered.jsonl:label", "--reasoning"), "--reasoning is of judges that are asked"),
-        (("--judge=PLACE/numbered.jsonl:label", "--chat_template=x"), "--chat_template is of models that are opened"),
-        (("--judge=https://host/v1",), "--judge=https://host/v1 names no model; give it as https://HOST/v1#MODEL"),
+        (("--judge=PLACE/numbered.jsonl:preference", "--reasoning"), "--reasoning is of judges that are asked"),
+        (("--judge=PLACE/numbered.jsonl:preference", "--chat_template=x"), "--chat_template is of models that are"),
+        (("--judge=https://me:s3cret@host/v1",), "the judge at host has no model; give --judge=https://HOST/v1#MODEL"),
+        (
+            ("--rows=PLACE/pairs.jsonl,PLACE/llmbar.jsonl", "--out=PLACE/new.jsonl"),
+            "llmbar.jsonl is for evaluation alone, and --out writes rows to train on; drop one of the two",
+        ),
+        (("--messages",), "--messages is of what --out writes, and nothing is written; give --out or drop it"),
+        (("--probability=preference",), "--probability is of rows of chosen and rejected, and there are none in"),
         (("--judge=https://h/v1#m", "--reasoning", "--top_k=3"), "--top_k is not sent to judges behind an address"),
         (("--judge=https://h/v1#m", "--endpoint.body=[]"), "--endpoint.body is no JSON object"),
         (("--judge=https://h/v1#m", "--endpoint.wait=0"), "--endpoint.wait=0.0 is not allowed; it must be finite"),
@@ -118,7 +130,8 @@ def test_tools_on_offer_stay_with_their_rows(place):
         (("--out=PLACE/numbered.jsonl",), "numbered.jsonl already exists; give a new file"),
     ],
 )
-def test_every_mistake_is_one_sentence(place, folder, capsys, words, says):
+def test_every_mistake_is_one_sentence(place, folder, capsys, monkeypatch, words, says):
+    monkeypatch.setattr(program.LocalJudge, "__call__", None)  # no judge is asked
     (place / "single.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
     defaults = {"--judge": str(folder), "--rows": "PLACE/numbered.jsonl"}
     own = {word.partition("=")[0] for word in words}
@@ -128,7 +141,8 @@ def test_every_mistake_is_one_sentence(place, folder, capsys, words, says):
     error = capsys.readouterr().err
     told = [line for line in error.splitlines() if line.startswith("error: ")]
     assert exit.value.code == 2 and len(told) == 1, error
-    assert re.search(says.replace("(", r"\("), told[0]), told[0]
+    assert re.search(says.replace("(", r"\("), told[0]) and "s3cret" not in error, told[0]
+    assert not (place / "new.jsonl").exists()
 
 
 def test_a_judge_that_can_judge_nothing_says_why_and_writes_nothing(place, folder, capsys):
@@ -137,3 +151,50 @@ def test_a_judge_that_can_judge_nothing_says_why_and_writes_nothing(place, folde
     told = capsys.readouterr()
     assert TOO_LONG in " ".join(told.out.split()) and "no pair has a verdict of every judge" in told.err
     assert not (place / "out.jsonl").exists()
+
+
+# Judges behind addresses
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with serve(monkeypatch) as made:
+        yield made
+
+
+def write_rows(file: pathlib.Path, count: int) -> None:
+    rows = [{"instruction": f"q{n}", "output_1": "yes", "output_2": "no", "preference": 1} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_judges_behind_addresses_are_asked_before_others(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program.run, "use_compile_cache", lambda: None)
+    order: list[str] = []
+    monkeypatch.setattr(Recorded, "__call__", lambda self, pairs: order.append(self.name) or [Verdict(1.0)])
+    write_rows(rows := tmp_path / "rows.jsonl", 1)
+    words = [f"--judge={rows}:preference,{server.url}#m", f"--rows={rows}", "--endpoint.cache=", "--names=file,far"]
+    flags.run(program.main, program.Judges, ["judge", *words])
+    told = capsys.readouterr().out
+    assert order == ["file"] and told.index("file") < told.index("far")
+    server.reply = lambda question, number: say(b"no", 401)
+    with pytest.raises(SystemExit):
+        flags.run(program.main, program.Judges, ["judge", *words])
+    assert order == ["file"] and "far answers 401" in capsys.readouterr().err
+
+
+def test_the_program_says_what_was_spent_and_never_the_key(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program.run, "use_compile_cache", lambda: None)
+    monkeypatch.setenv("MY_KEY", KEY)
+    server.reply = lambda question, number: say(completion("A", {"A": 0.8, "B": 0.2}) if number > 1 else {"no": KEY})
+    write_rows(tmp_path / "rows.jsonl", 3)
+    words = [
+        f"--judge={server.url}#large", f"--rows={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'out.jsonl'}",
+        "--endpoint.key_from=MY_KEY", f"--endpoint.cache={tmp_path / 'kept'}", "--endpoint.at_once=1",
+    ]  # fmt: skip
+    flags.run(program.main, program.Judges, ["judge", *words])
+    told = capsys.readouterr()
+    assert "2 of 3" in told.out and "the reply is no chat completion" in " ".join(told.out.split())
+    assert "large: 6 calls" in told.out and "0 from the cache" in told.out
+    written = (tmp_path / "out.jsonl").read_text()
+    assert len(written.splitlines()) == 2 and json.loads(written.splitlines()[0])["probability"] == 0.5
+    assert KEY not in told.out + told.err + written and server.keys == [f"Bearer {KEY}"] * 6

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,8 @@ PLAIN = Template("{prompt}|{first}|{second}", "Best:")
         ("a", False, None),
         ("Best: A or B", True, None),
         ("C", False, None),
+        ("İİİ Best: A", True, "A"),
+        ("İbest: b\nBEST:B", True, "B"),
         ("", False, None),
     ],
 )
@@ -48,3 +51,33 @@ def test_letters_are_read_where_they_stand_alone(text, reasoning, letter):
 def test_log_probabilities_that_say_nothing_leave_the_letter(logprobs):
     content = {"choices": [{"message": {"content": "A"}, "logprobs": logprobs}]}
     assert judge_replies.read(json.dumps(content).encode(), PLAIN).probability == 1.0
+
+
+def token(text: str, **options: float) -> dict[str, Any]:
+    top = [{"token": name, "logprob": math.log(share)} for name, share in options.items()]
+    return {"token": text, "logprob": top[0]["logprob"] if top else 0.0, "top_logprobs": top}
+
+
+def said(text: str, *tokens: dict[str, Any]) -> float | None:
+    content = {"choices": [{"message": {"content": text}, "logprobs": {"content": list(tokens)}}]}
+    return judge_replies.read(json.dumps(content).encode(), PLAIN).probability
+
+
+def test_the_chance_is_that_of_the_token_where_the_verdict_stands():
+    """The letter stands before and behind the verdict too, and tokens before and behind the text."""
+    around = (
+        token("A", A=0.9, B=0.1),
+        token(" é. Best:"),
+        token("A", A=0.6, B=0.2),
+        token("\n"),
+        token("A", A=0.9, B=0.1),
+    )
+    text = "A é. Best:A\nA"
+    assert said(text, *around) == pytest.approx(0.75)
+    assert said(text, token("A thought. "), *around, token("<end>")) == pytest.approx(0.75)
+    # A character of two tokens, which only their bytes tell.
+    cut = [token("\ufffd") | {"bytes": [0xC3]}, token("\ufffd. Best:") | {"bytes": [0xA9, *b". Best:"]}]
+    assert said(text, around[0], token(" "), *cut, *around[2:]) == pytest.approx(0.75)
+    # Tokens of another text, or a letter that no token says alone: the letter counts.
+    assert said("Best: A", token("Best: B"), token(" A", A=0.6, B=0.2)) == 1.0
+    assert said("Best: A", token("Best: A", A=0.6, B=0.2)) == 1.0

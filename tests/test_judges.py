@@ -229,7 +229,16 @@ def test_annotators_agree_with_the_majority_as_an_independent_count_says(shared)
     assert told.agreement["all rows"].accuracy.mean == pytest.approx(np.mean(right))
 
 
+def test_ties_of_fine_grained_feedback_are_kept(shared):
+    file = shared / "data" / "finegrained-qa-feedback" / "dev_feedback.train.jsonl"
+    choices = [choice for row in lines(file) for choice in row["preference"]]
+    found = read(str(file), "qa")
+    assert not found.refused and [one.label for one in found.pairs] == [(0.5, 1.0, 0.0)[choice] for choice in choices]
+
+
 def test_rows_for_evaluation_alone_are_judged_and_have_no_format_to_train_on(shared):
+    for file in (shared / "data" / "llmbar").glob("*.jsonl"):  # its sheet of MT-Bench among them
+        assert read(str(file), "llmbar").evaluation
     file = shared / "data" / "llmbar" / "llmbar_natural.jsonl"
     found = read(str(file), "llmbar").pairs
     assert [one.label for one in found] == [float(row["label"] == 1) for row in lines(file)]

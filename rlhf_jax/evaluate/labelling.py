@@ -19,6 +19,7 @@ from rlhf_jax.feedback import aggregate, agreement, bradley_terry
 from rlhf_jax.feedback.choices import Choices
 
 MOST = 20  # pairs of labellers that are listed, those with the most items in common
+GRADES = 20  # different ones of which each two are compared; tables of more would not fit
 REFITS, REFIT_STEPS = 200, 100  # of Dawid and Skene's, each on resampled prompts
 NORMAL = 1.959964
 
@@ -33,6 +34,7 @@ class Agreement(NamedTuple):
       kappa: of two labellers Cohen's, of all Fleiss'.
       weighted: of two labellers Cohen's with squared distances of the grades; None for all.
       nominal, ordinal, interval: Krippendorff's alpha, the last two of the grades.
+    Of more than GRADES different grades weighted, ordinal and interval are None.
     """
 
     who: str
@@ -53,15 +55,22 @@ def agreements(choices: Choices, *, seed: int = 0) -> list[Agreement]:
     sides = (choices.pair, choices.who), (len(choices.pairs), len(people))
     signs = agreement.table(*sides[0], labels.label, *sides[1])
     graded = agreement.table(*sides[0], codes, *sides[1])
-    said = (signs != agreement.MISSING).astype(np.int64)
-    common = said.T @ said
-    duos = sorted((duo for duo in itertools.combinations(people, 2) if common[duo]), key=lambda duo: -common[duo])
-    groups = [("all", list(people)), *((f"{choices.people[i]}, {choices.people[j]}", [i, j]) for i, j in duos[:MOST])]
+    most = duos(choices)[:MOST]
+    groups = [("all", list(people)), *((f"{choices.people[i]}, {choices.people[j]}", [i, j]) for i, j in most)]
     unit = choices.unit
     return [
         _agreement(name, signs[:, some], graded[:, some], len(labels.classes), grades, unit, seed)
         for name, some in groups
     ]
+
+
+def duos(choices: Choices) -> list[tuple[int, int]]:
+    """Every two labellers who judged the same pairs of answers, those with the most of them first."""
+    said = np.zeros((len(choices.pairs), len(choices.people)), np.int64)
+    said[choices.pair, choices.who] = 1
+    common = said.T @ said
+    found = (duo for duo in itertools.combinations(range(len(choices.people)), 2) if common[duo])
+    return sorted(found, key=lambda duo: -common[duo])
 
 
 def _agreement(
@@ -73,15 +82,18 @@ def _agreement(
         return Agreement(name, 0, *[None] * 6)
     estimate = lambda of, each: _estimate(of, each, unit, seed)
     marks = agreement.marks(signs, classes)
-    kappa, weighted = estimate(agreement.fleiss, marks), None
+    few = len(grades) <= GRADES
+    kappa, weighted, ordinal, interval = estimate(agreement.fleiss, marks), None, None, None
     if name != "all":
-        squared = lambda sums: agreement.cohen(sums, "quadratic")
         kappa = estimate(agreement.cohen, agreement.joint(signs, classes))
+    if name != "all" and few:
+        squared = lambda sums: agreement.cohen(sums, "quadratic", grades)
         weighted = estimate(squared, agreement.joint(graded, len(grades)))
     nominal = estimate(agreement.krippendorff, agreement.coincidences(signs, classes))
-    matched = agreement.coincidences(graded, len(grades))
-    ordinal = estimate(lambda sums: agreement.krippendorff(sums, "ordinal"), matched)
-    interval = estimate(lambda sums: agreement.krippendorff(sums, "interval", grades), matched)
+    if few:
+        matched = agreement.coincidences(graded, len(grades))
+        ordinal = estimate(lambda sums: agreement.krippendorff(sums, "ordinal"), matched)
+        interval = estimate(lambda sums: agreement.krippendorff(sums, "interval", grades), matched)
     return Agreement(name, len(unit), estimate(agreement.same, marks), kappa, weighted, nominal, ordinal, interval)
 
 

@@ -98,11 +98,6 @@ class Confusions(NamedTuple):
     prior: np.ndarray
     steps: int
 
-    @property
-    def accuracy(self) -> np.ndarray:
-        """[people], the chance that a label is right."""
-        return np.einsum("k,lkk->l", self.prior, self.confusion)
-
 
 def dawid_skene(
     labels: Labels,

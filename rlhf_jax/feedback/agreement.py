@@ -47,26 +47,22 @@ def joint(labels: np.ndarray, classes: int) -> np.ndarray:
     return ((first == grid[:, None])[:, None] & (second == grid[:, None])[None] & said).astype(np.float64)
 
 
-def share(together: np.ndarray) -> np.ndarray:
-    """The share of items of which two labellers say the same. Args: together: sums of `joint`, [K, K, ...]."""
-    return _ratio(np.trace(together), together.sum(axis=(0, 1)))
-
-
-def cohen(together: np.ndarray, weights: Weights = "none") -> np.ndarray:
+def cohen(together: np.ndarray, weights: Weights = "none", values: np.ndarray | None = None) -> np.ndarray:
     """Cohen's kappa of two labellers: 1 always the same, 0 as by chance with each one's own shares of the classes.
 
     kappa = 1 - sum w o / sum w e, with o the observed shares, e the products of their margins, and w_jk = 1 where
-    j != k, |j - k|, or (j - k)^2.
+    j != k, |v_j - v_k|, or (v_j - v_k)^2.
 
     Args:
-      together: sums of `joint`, [K, K, ...]; with weights the classes are in order.
+      together: sums of `joint`, [K, K, ...].
+      values: [K], v, what the classes stand for in weights; None: 0 to K - 1.
     References: Cohen 1960, Educational and Psychological Measurement 20; Cohen 1968, Psychological Bulletin 70.
 
     >>> print(round(float(cohen(np.array([[20.0, 5.0], [10.0, 15.0]]))), 6))
     0.4
     """
-    grid = np.arange(len(together), dtype=np.float64)
-    apart = np.abs(grid[:, None] - grid)
+    places = np.arange(len(together), dtype=np.float64) if values is None else np.asarray(values, np.float64)
+    apart = np.abs(places[:, None] - places)
     weight = {"none": np.sign(apart), "linear": apart, "quadratic": apart**2}[weights]
     total = together.sum(axis=(0, 1))
     expected = together.sum(axis=1)[:, None] * together.sum(axis=0)[None]

@@ -22,6 +22,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.choices import Choices
+from rlhf_jax.feedback.judges import written
 
 SKILL, SKILL_SPREAD, BIAS_SPREAD = 1.0, 2.0, 1.0  # what is known beforehand
 STEPS, CLOSE, SETTLE = 1000, 1e-5, 50  # SETTLE: most updates of the sites after a nudge
@@ -29,6 +30,7 @@ NODES, WEIGHTS = (part.astype(np.float64) for part in np.polynomial.hermite_e.he
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
 DAMPING = 0.8  # share of an update of a site that is made; all are made at once
 NUDGE = 1e-3  # by which a skill or a bias is moved for a second derivative
+LARGEST = 2**26  # cells of all covariances of worths: half a GiB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,26 +63,74 @@ class Fit:
         return special.ndtr(self.mean / self.spread)
 
 
+class _Blocks:
+    """Where worths and covariances stand: answer after answer, prompt after prompt, and its cells row by row.
+
+    Prompts of as many answers are inverted together, so that one of many answers makes no other larger.
+
+    Attributes:
+      order: [texts], texts by prompt; place: [texts], where each of them stands in that order.
+      cells: how many cells there are.
+    """
+
+    def __init__(self, prompt: np.ndarray):
+        """Args: prompt: [texts] int."""
+        self.order = np.argsort(prompt, kind="stable")
+        self.place = np.argsort(self.order)
+        self._sizes = np.bincount(prompt)
+        self._starts, self._firsts = (np.cumsum(of) - of for of in (self._sizes, self._sizes**2))
+        self._prompt = prompt[self.order]
+        self.cells = int((self._sizes**2).sum())
+        self.largest = int(self._sizes.argmax())
+
+    def cell(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Of two places of one prompt the cell of their covariance."""
+        at = self._prompt[one]
+        start = self._starts[at]
+        return self._firsts[at] + (one - start) * self._sizes[at] + other - start
+
+    def eye(self) -> np.ndarray:
+        """[cells], 1 on the diagonals."""
+        made, all_ = np.zeros(self.cells), np.arange(len(self.order))
+        made[self.cell(all_, all_)] = 1
+        return made
+
+    def solve(self, precision: np.ndarray, push: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse [cells], and its product with `push` [texts]."""
+        covariance, mean = np.empty_like(precision), np.empty_like(push)
+        for size in np.unique(self._sizes).tolist():
+            here = self._sizes == size
+            texts = self._starts[here][:, None] + np.arange(size)
+            cells = self._firsts[here][:, None] + np.arange(size**2)
+            inverse = np.linalg.inv(precision[cells].reshape(-1, size, size))
+            covariance[cells] = inverse.reshape(-1, size**2)
+            mean[texts] = np.einsum("uij,uj->ui", inverse, push[texts])
+        return covariance, mean
+
+
 @dataclasses.dataclass(eq=False)
 class _Worths:
-    """The normal posterior of all worths: mean [prompts, K], covariance [prompts, K, K], K the most answers of one.
+    """The normal posterior of all worths: mean [texts], and the covariances of those of a prompt, [cells].
 
     Each choice has a site, a normal factor of the difference of its two worths: precision and shift, [N] each.
     """
 
-    prompt: np.ndarray  # [N], of each choice
-    first: np.ndarray  # [N], the place of the pair's first answer among those of its prompt
+    blocks: _Blocks
+    first: np.ndarray  # [N], the place of the pair's first answer
     second: np.ndarray
     mean: np.ndarray
     covariance: np.ndarray
     precision: np.ndarray
     shift: np.ndarray
 
+    def between(self, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of what the worths at the places i are more than those at j."""
+        cov, cell = self.covariance, self.blocks.cell
+        return self.mean[i] - self.mean[j], cov[cell(i, i)] + cov[cell(j, j)] - 2 * cov[cell(i, j)]
+
     def tilted(self, skill: np.ndarray, offset: np.ndarray, sign: np.ndarray) -> "_Tilted":
         """Each difference as the other choices and its own have it; skill, offset (bias x) and sign [N]."""
-        at, i, j, cov = self.prompt, self.first, self.second, self.covariance
-        spread = cov[at, i, i] + cov[at, j, j] - 2 * cov[at, i, j]
-        mean = self.mean[at, i] - self.mean[at, j]
+        mean, spread = self.between(self.first, self.second)
         rest = np.maximum(1 / spread - self.precision, 1e-6)
         push = mean / spread - self.shift
         worth = (push / rest)[:, None] + NODES / np.sqrt(rest)[:, None]
@@ -95,14 +145,13 @@ class _Worths:
         spread = (tilted.weight * np.square(tilted.worth - mean[:, None])).sum(axis=1)
         self.precision = self.precision + DAMPING * (np.maximum(1 / spread - tilted.rest, 0) - self.precision)
         self.shift = self.shift + DAMPING * (mean / spread - tilted.push - self.shift)
-        push, precision = np.zeros_like(self.mean), np.zeros_like(self.covariance) + np.eye(self.mean.shape[1])
-        at, i, j = self.prompt, self.first, self.second
-        for one, other, way in ((i, j, 1), (j, i, -1)):
-            np.add.at(push, (at, one), way * self.shift)
-            np.add.at(precision, (at, one, one), self.precision)
-            np.add.at(precision, (at, one, other), -self.precision)
-        self.covariance = np.linalg.inv(precision)
-        before, self.mean = self.mean, np.einsum("uij,uj->ui", self.covariance, push)
+        push, precision, cell = np.zeros_like(self.mean), self.blocks.eye(), self.blocks.cell
+        for one, other, way in ((self.first, self.second, 1), (self.second, self.first, -1)):
+            np.add.at(push, one, way * self.shift)
+            np.add.at(precision, cell(one, one), self.precision)
+            np.add.at(precision, cell(one, other), -self.precision)
+        before = self.mean
+        self.covariance, self.mean = self.blocks.solve(precision, push)
         return float(np.abs(self.mean - before).max())
 
 
@@ -123,12 +172,14 @@ class _Tilted:
 def fit(choices: Choices) -> Fit:
     """Skills, biases and the worth of every answer.
 
-    Errors: UserError as `gather` of no choice. One labeller's skill is told by how consistent the choices among three
-    or more answers are; of single pairs it stays what it was beforehand, and its error says so.
+    One labeller's skill is told by how consistent the choices among three or more answers are; of single pairs it stays
+    what it was beforehand, and its error says so.
+
+    Errors: UserError as `gather` of no choice, and for prompts of too many answers.
     """
     if not len(choices):
         raise UserError("there is no choice to learn from; give rows of pairs or rankings.")
-    worths, slots = _start(choices)
+    worths = _start(choices)
     who, sign, shown = choices.who, choices.sign, choices.shown
     people = len(choices.people)
     theta = np.concatenate([np.full(people, SKILL), np.zeros(people)])
@@ -142,30 +193,27 @@ def fit(choices: Choices) -> Fit:
         step, moved = step + 1, max(moved, float(np.abs(change).max()))
     covariance = _covariance(worths, theta, choices)
     errors = np.sqrt(np.diag(covariance))
-    texts = choices.prompt, slots
-    first, second = choices.pairs.T
-    cov, at = worths.covariance, choices.prompt[first]
-    i, j = slots[first], slots[second]
-    mean = worths.mean[at, i] - worths.mean[at, j]
-    spread = np.sqrt(cov[at, i, i] + cov[at, j, j] - 2 * cov[at, i, j])
+    place = worths.blocks.place
+    mean, variance = worths.between(*place[choices.pairs].T)
     return Fit(
-        theta[:people], theta[people:], errors[:people], errors[people:], covariance, mean, spread,
-        worths.mean[texts], step,
+        theta[:people], theta[people:], errors[:people], errors[people:], covariance, mean, np.sqrt(variance),
+        worths.mean[place], step,
     )  # fmt: skip
 
 
-def _start(choices: Choices) -> tuple[_Worths, np.ndarray]:
-    """Worths that nothing is known of, and the place of each text among those of its prompt."""
-    order = np.argsort(choices.prompt, kind="stable")
-    sizes = np.bincount(choices.prompt)
-    slots = np.empty(len(order), np.int64)
-    slots[order] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    first, second = choices.pairs[choices.pair].T
-    most = int(sizes.max())
-    covariance = np.broadcast_to(np.eye(most), (len(sizes), most, most))
+def _start(choices: Choices) -> _Worths:
+    """Worths that nothing is known of. Errors: UserError where their covariances are too many."""
+    blocks = _Blocks(choices.prompt)
+    if blocks.cells > LARGEST:
+        answers = np.flatnonzero(choices.prompt == blocks.largest)
+        told = " ".join(written(choices.texts[answers[0]][0]).split())[:60]
+        raise UserError(
+            f"bradley_terry keeps a number of each two answers to a prompt, and these are too many: {told!r} has the "
+            f"most, {len(answers):,} answers; leave some away, or take dawid_skene."
+        )
+    first, second = blocks.place[choices.pairs[choices.pair]].T
     nothing = np.zeros(len(choices))
-    where = choices.prompt[first], slots[first], slots[second]
-    return _Worths(*where, np.zeros((len(sizes), most)), covariance, nothing, nothing), slots
+    return _Worths(blocks, first, second, np.zeros(len(choices.texts)), blocks.eye(), nothing, nothing)
 
 
 def _slopes(worths: _Worths, theta: np.ndarray, choices: Choices) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,8 @@ from rlhf_jax.data.formats.choices import READERS, Choice, choices
 from rlhf_jax.data.rows import Left, Preference, Ranking, Refusal, Text
 from rlhf_jax.errors import UserError
 
+DIGITS = 12  # of a grade: 0.3 and 1 - 0.7 are the same one
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choices:
@@ -25,7 +27,7 @@ class Choices:
       pairs: [P, 2] int, places among the texts: the answer that the pair's first labeller was shown first, or where
         nobody knows that, either by a coin that the texts decide.
       pair, who: [N] int, places among the pairs and the people.
-      grade: [N] float64, from 1 (the pair's first answer is better) to 0; 0.5 is a tie.
+      grade: [N] float64, from 1 (the pair's first answer is better) to 0, in 12 digits; 0.5 is a tie.
       shown: [N] float64, 1 if the pair's first answer was shown first, -1 if the second was, 0 if nobody knows.
       ranked: [N] bool, a part of a ranking of three answers or more, whose choices follow from each other.
       people: L names.
@@ -58,6 +60,8 @@ class Choices:
 def gather(said: Iterable[Choice]) -> Choices:
     """Choices as arrays; whoever chose, and in which order answers were shown, is kept.
 
+    Of several choices of one labeller between the same two answers the last counts.
+
     Errors: UserError for no choice at all.
 
     >>> made = gather([Choice("Q", "A", "B", 1.0, "ann"), Choice("Q", "B", "A", 1.0, "bob")])
@@ -68,19 +72,21 @@ def gather(said: Iterable[Choice]) -> Choices:
     prompts: dict[Hashable, int] = {}
     people: dict[str, int] = {}
     pairs: dict[tuple[int, int], int] = {}
-    rows: list[tuple[int, int, float, float, bool]] = []
+    rows: dict[tuple[int, int], tuple[float, float, bool]] = {}
     for one in said:
         i, j = (texts.setdefault((one.prompt, one.tools, text), len(texts)) for text in (one.first, one.second))
         swapped = (j, i) in pairs or ((i, j) not in pairs and not one.shown and _coin(one))
         place = pairs.setdefault((j, i) if swapped else (i, j), len(pairs))
         grade, shown = (1 - one.grade, -1.0) if swapped else (one.grade, 1.0)
-        rows.append((place, people.setdefault(one.who, len(people)), grade, shown * one.shown, one.ranked))
+        key = place, people.setdefault(one.who, len(people))
+        rows[key] = round(grade, DIGITS), shown * one.shown, one.ranked
     if not rows:
         raise UserError(
             "nobody chose between two different answers; give rows of pairs, rankings or sheets of choices."
         )
     prompt = [prompts.setdefault((asked, tools), len(prompts)) for asked, tools, _ in texts]
-    pair, who, grade, shown, ranked = (np.asarray(column) for column in zip(*rows, strict=True))
+    columns = zip(*((*key, *row) for key, row in rows.items()), strict=True)
+    pair, who, grade, shown, ranked = map(np.asarray, columns)
     return Choices(
         tuple(texts), np.asarray(prompt), np.asarray(list(pairs)), pair, who, grade.astype(np.float64),
         shown.astype(np.float64), ranked, tuple(people),
@@ -109,7 +115,7 @@ def read(paths: Sequence[str], *, chat: bool = False, shown: bool = True, flag: 
     """The choices in files of rankings, pairs, and published sheets of choices.
 
     A labeller is the text of the column labeller (of sheets evaluator, annotator, or the column's own name), else
-    the file's name: so of several files without names each is one labeller.
+    the file's name, or its path where another file has that name: of several files without names each is one labeller.
 
     Args:
       chat: prompts of sheets become messages, for tokenizers with a chat template.
@@ -119,14 +125,14 @@ def read(paths: Sequence[str], *, chat: bool = False, shown: bool = True, flag: 
     """
     found: list[Choice] = []
     refused: list[tuple[str, str]] = []
-    records = 0
-    for path in paths:
+    records, names = 0, [_called(path) for path in paths]
+    for path, called in zip(paths, names, strict=True):
         rows = list(sources.read(path, flag=flag))
         records += len(rows)
         name = format_of(path, rows, "auto", [Ranking, Preference])
         if name not in READERS and formats.FORMATS[name].row not in (Ranking, Preference):
             raise UserError(f"{path} is read as {name!r}, which compares no answers; give {flag} pairs or rankings.")
-        person = path.rstrip("/").rpartition("/")[2].partition(".jsonl")[0]
+        person = called if names.count(called) == 1 else path
         for record in rows:
             try:
                 if isinstance(record, sources.Refused):
@@ -140,6 +146,10 @@ def read(paths: Sequence[str], *, chat: bool = False, shown: bool = True, flag: 
         why = f"; the first refused is {': '.join(refused[0])}" if refused else ""
         raise UserError(f"{flag}={','.join(paths)} holds no choice of two different answers{why}.")
     return Found(gather(found), records, refused)
+
+
+def _called(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2].partition(".jsonl")[0]
 
 
 def soft_rows(choices: Choices, probability: np.ndarray) -> list[dict[str, Any]]:

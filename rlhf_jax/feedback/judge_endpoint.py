@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Any
@@ -40,10 +41,10 @@ class Endpoint:
     body: Annotated[str, "JSON object of more fields of each request; a null takes one of ours away"] = "{}"
     at_once: Annotated[int, "calls that wait at a time"] = 8
     wait: Annotated[float, "seconds that a call may take"] = 60.0
-    deadline: Annotated[float, "seconds that all calls together may take"] = 3600.0
+    deadline: Annotated[float, "seconds that all calls of each judge together may take"] = 3600.0
     tries: Annotated[int, "calls for one question that is not answered: busy, broken or late"] = 6
-    calls: Annotated[int | None, "most calls; none: any number"] = None
-    tokens: Annotated[int | None, "no call is begun once so many tokens were used; none: any number"] = None
+    calls: Annotated[int | None, "most calls of each judge; none: any number"] = None
+    tokens: Annotated[int | None, "a judge that has used so many tokens begins no call; none: any number"] = None
     cache: Annotated[str, "folder of what was answered; empty: none"] = "~/.cache/rlhf_jax/judges"
 
 
@@ -57,7 +58,7 @@ class Spent:
 
 
 class Stopped(Exception):
-    """The budget is used up."""
+    """No other call is worth while, as when the budget is used up; the argument is the reason, a clause."""
 
 
 class Again(Exception):
@@ -89,9 +90,9 @@ def check(settings: Endpoint, flag: str = "--endpoint.") -> Mapping[str, Any]:
 class EndpointJudge:
     """Asks `URL/chat/completions` which of two answers is better, in both orders; the verdict is their mean.
 
-    The chance of an order is that of the tokens A and B of the reply where it has log-probabilities, normalised over
-    the two; else 1 or 0 by the letter it says. With a template of reasoning it is clamped to 0.4..0.6 before the mean.
-    A reply that says neither is None, and is not asked for again.
+    The chance of an order is that of the tokens A and B where the reply says its letter, normalised over the two;
+    without log-probabilities there 1 or 0 by the letter. With a template of reasoning it is clamped to 0.4..0.6 before
+    the mean. A reply that says neither is None, and is not asked for again.
 
     Attributes: spent: what was used, over all calls of the judge.
     """
@@ -106,6 +107,7 @@ class EndpointJudge:
         *,
         temperature: float = 0.0,
         most: int = 8,
+        seed: int = 0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):
         """Args:
@@ -113,6 +115,7 @@ class EndpointJudge:
           url: as far as `/v1`, without a key in it.
           model: the name that the address knows it by.
           temperature, most: of the reply, and its most tokens.
+          seed: of a reply whose temperature isn't 0; it is sent, and such a reply is found again by it.
           sleep: waits between two calls for one question.
         Errors: UserError for an address that can't be asked, a key that isn't there, and as `check`.
         """
@@ -122,7 +125,11 @@ class EndpointJudge:
         self._url, self._sleep = _address(url, self._key), sleep
         self._cache = epath.Path(os.path.expanduser(settings.cache)) if settings.cache else None
         asks = {"logprobs": True, "top_logprobs": TOP} if settings.logprobs else {}
+        drawn = more.get("temperature", temperature) != 0
+        self._seed = seed if drawn else None
+        asks |= {"seed": seed} if drawn else {}
         body = {"model": model, "temperature": temperature, "max_tokens": most, **asks, **more}
+        self._ends, self._answered = math.inf, False
         self._body = {name: value for name, value in body.items() if value is not None}
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Verdict]:
@@ -141,15 +148,22 @@ class EndpointJudge:
         import httpx
 
         room = asyncio.Semaphore(self.settings.at_once)
-        late = Reply(None, f"not answered before the deadline of {self.settings.deadline:g} s")
-        said = dict.fromkeys(questions, late)
+        late = f"not answered before the deadline of {self.settings.deadline:g} s"
+        said = dict.fromkeys(questions, Reply(None, late))
+        self._ends = time.monotonic() + self.settings.deadline
 
         async def one(client: Any, question: str) -> None:
-            async with room:
-                said[question] = await self._reply(client, question)
+            def again(state: Any) -> None:
+                said[question] = Reply(None, f"{late}; before that {state.outcome.exception()}")
 
-        # The time of a call is ours to watch: theirs is of each piece of it.
-        async with httpx.AsyncClient(timeout=None) as client:
+            async with room:
+                said[question] = await self._reply(client, question, again)
+
+        # The time of a call is ours to watch: theirs is of each piece of it. Nor may calls wait inside the client,
+        # whose usual limit is 100. A proxy of the environment is for other machines than this one.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.settings.at_once)
+        outside = httpx.URL(self._url).host not in LOCAL
+        async with httpx.AsyncClient(timeout=None, limits=limits, trust_env=outside) as client:
             tasks = [asyncio.create_task(one(client, question)) for question in questions]
             if tasks:
                 _, rest = await asyncio.wait(tasks, timeout=self.settings.deadline, return_when=asyncio.FIRST_EXCEPTION)
@@ -161,18 +175,18 @@ class EndpointJudge:
             raise error
         return said
 
-    async def _reply(self, client: Any, question: str) -> Reply:
-        """Of one question, from the cache or the other side."""
+    async def _reply(self, client: Any, question: str, again: Callable[[Any], None]) -> Reply:
+        """Of one question, from the cache or the other side; `again` is told before it is asked for again."""
         import tenacity
 
         body = self._body | {"messages": [{"role": "user", "content": question}]}
-        known = judge_replies.name_of(self._url, body, self.template)
+        known = judge_replies.name_of(self._url, body, self.template, self._seed)
         if (stored := judge_replies.load(self._cache, known)) is not None:
             self.spent.cached += 1
             return stored
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.settings.tries), wait=_pause, sleep=self._sleep, reraise=True,
-            retry=tenacity.retry_if_exception_type(Again),
+            retry=tenacity.retry_if_exception_type(Again), before_sleep=again,
         )  # fmt: skip
         try:
             reply = await retrying(self._call, client, body)
@@ -195,21 +209,30 @@ class EndpointJudge:
             async with asyncio.timeout(self.settings.wait):
                 async with client.stream("POST", self._url, json=body, headers=headers) as response:
                     content = await _content(response)
+        except asyncio.CancelledError:  # the deadline; what is broken off is paid for too
+            self.spent.tokens += judge_replies.most_of(body)
+            raise
         except TimeoutError:
+            self.spent.tokens += judge_replies.most_of(body)
             raise Again(f"no answer within {self.settings.wait:g} s") from None
         except httpx.DecodingError:
+            self.spent.tokens += judge_replies.most_of(body)
             return Reply(None, "the reply can't be unpacked")
         except httpx.RequestError as error:  # its own words may hold what was sent
             raise Again(f"the connection failed ({type(error).__name__})") from None
         status = response.status_code
         if status in BUSY or status >= 500:
-            raise Again(f"status {status}", _after(response.headers.get("Retry-After")))
-        if status in CLOSED:
+            after = _after(response.headers.get("Retry-After"))
+            if after > self._ends - time.monotonic():
+                raise Stopped(f"status {status}, and it wants to be left alone until the deadline has passed")
+            raise Again(f"status {status}", after)
+        if status in CLOSED and not self._answered:
             raise UserError(
                 f"{self.name} answers {status} ({self._shown(content)}); check the address and the model of --judge "
                 "and the key that --endpoint.key_from names."
             )
         self.spent.tokens += judge_replies.tokens_of(content, body)
+        self._answered = self._answered or status == 200
         if status != 200:
             return Reply(None, f"refused with status {status} ({self._shown(content)})")
         return judge_replies.read(content, self.template, self._hide)
@@ -232,6 +255,8 @@ def _key(name: str | None) -> str:
     """The key that an environment variable holds. Errors: UserError if it holds none."""
     if name is None:
         return ""
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):  # and may be the key itself, so it isn't shown
+        raise UserError("--endpoint.key_from must name an environment variable that holds the key; give such a name.")
     key = os.environ.get(name, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise UserError(f"the environment variable {name} holds no key; set it, or leave --endpoint.key_from away.")

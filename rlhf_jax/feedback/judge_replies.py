@@ -1,6 +1,8 @@
 """What a judge behind an address replied: its verdict, what it cost, and the folder that keeps it."""
 
+import bisect
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,7 +15,7 @@ from etils import epath
 
 from rlhf_jax.feedback.judges import Template, clamped
 
-VERSION = 1  # of how a reply is read; another one reads all of them anew
+VERSION = 2  # of how a reply is read; another one reads all of them anew
 LETTER = re.compile(r"[\s*_`\"'(\[]*(?:Response\s+)?([AB])[\s*_`\"')\].!]*")
 KEPT = 4000  # characters of a reply that the cache keeps
 SIZE = 4  # bytes that count as a token where a reply doesn't say how many it used
@@ -49,10 +51,11 @@ def read(content: bytes, template: Template, hide: Callable[[str], str] = str) -
         return Reply(None, "the reply is no chat completion")
     if not isinstance(text, str):
         return Reply(None, "the reply has no text")
-    letter = verdict(text, template)
-    if letter is None:
+    found = _found(text, template)
+    if found is None:
         return Reply(None, "the reply says neither A nor B", hide(text), keep=True)
-    chance = _chance(choice, letter)
+    letter, place = found
+    chance = _chance(choice, text, letter, place)
     if chance is None:
         chance = float(letter == "A")
     return Reply(clamped(chance) if template.reasoning else chance, "", hide(text), keep=True)
@@ -65,24 +68,40 @@ def verdict(text: str, template: Template) -> str | None:
     >>> [verdict(text, template) for text in ("**A**", "the better response is: [[B]].\\nBye", "A cat", "Neither")]
     ['A', 'B', None, None]
     """
-    place = text.lower().rfind(template.cue.lower())
-    if place < 0 and template.reasoning:
+    found = _found(text, template)
+    return found[0] if found else None
+
+
+def _found(text: str, template: Template) -> tuple[str, int] | None:
+    """The letter, and where in the text it stands."""
+    cues = [cue.end() for cue in re.finditer(re.escape(template.cue), text, re.IGNORECASE)]
+    if not cues and template.reasoning:
         return None
-    said = text if place < 0 else text[place + len(template.cue) :].lstrip(" *_\n").partition("\n")[0]
-    found = LETTER.fullmatch(said)
-    return found[1] if found else None
+    start, end = 0, len(text)
+    if cues:
+        start = end - len(text[cues[-1] :].lstrip(" *_\n"))
+        end = start + len(text[start:].partition("\n")[0])
+    found = LETTER.fullmatch(text, start, end)
+    return (found[1], found.start(1)) if found else None
 
 
-def _chance(choice: Mapping[str, Any], letter: str) -> float | None:
-    """P(A) / (P(A) + P(B)) at the last token that says the letter; None without log-probabilities."""
+def _chance(choice: Mapping[str, Any], text: str, letter: str, place: int) -> float | None:
+    """P(A) / (P(A) + P(B)) at the token of the letter at a place of the text; None where log-probabilities don't tell.
+
+    Tokens may stand before the text and behind it, such as those of an end; they are counted in bytes, since one
+    character may be several of them.
+    """
     try:
-        for token in reversed(choice["logprobs"]["content"]):
-            if _letter(token["token"]) == letter:
-                break
-        else:
+        tokens = choice["logprobs"]["content"]
+        pieces = [_bytes(token) for token in tokens]
+        start = b"".join(pieces).rfind(text.encode(errors="surrogatepass"))
+        place = start + len(text[:place].encode(errors="surrogatepass"))
+        ends = list(itertools.accumulate(map(len, pieces)))
+        token = tokens[bisect.bisect_right(ends, place)]
+        if start < 0 or _letter(token["token"]) != letter:
             return None
         options = {one["token"]: float(one["logprob"]) for one in [*token["top_logprobs"], token]}
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         return None
     if any(math.isnan(value) or value > 1e-3 for value in options.values()):
         return None
@@ -91,10 +110,22 @@ def _chance(choice: Mapping[str, Any], letter: str) -> float | None:
     return mass["A"] / total if total > 0 else None
 
 
+def _bytes(token: Mapping[str, Any]) -> bytes:
+    """Of a token, as the reply has them, or those of its text."""
+    said = token.get("bytes")
+    return bytes(said) if isinstance(said, list) else token["token"].encode(errors="surrogatepass")
+
+
 def _letter(token: Any) -> str | None:
     """A or B where a token says that and nothing else: " A", "A", "**B"."""
     found = LETTER.fullmatch(token) if isinstance(token, str) else None
     return found[1] if found else None
+
+
+def most_of(body: Mapping[str, Any]) -> int:
+    """Tokens that a call may have used of which nothing is known: those of the question, and the most of a reply."""
+    most = [body[name] for name in ("max_tokens", "max_completion_tokens") if isinstance(body.get(name), int)]
+    return -(-len(json.dumps(body)) // SIZE) + max(most, default=0)
 
 
 def tokens_of(content: bytes, body: Mapping[str, Any]) -> int:
@@ -111,12 +142,15 @@ def tokens_of(content: bytes, body: Mapping[str, Any]) -> int:
 # What is kept
 
 
-def name_of(url: str, body: Mapping[str, Any], template: Template) -> str:
+def name_of(url: str, body: Mapping[str, Any], template: Template, seed: int | None = None) -> str:
     """A reply's name: another address, model, setting, template, text or order has another.
 
     The key is no part of what is named.
+
+    Args:
+      seed: of a reply that is drawn at random.
     """
-    asked = [VERSION, url, body, template]
+    asked = [VERSION, url, body, template, seed]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,8 +1,9 @@
 """Pairs of answers as data files have them, with what people said of them, ties too: for judges, not for training.
 
-What the formats read as pairs or rankings is read here as well. Beside it there are answers by number, such as
-`output_1` and `output_2`, of which a column says the better one: there the order of the file and its ties are kept.
-Some of those files are for evaluation alone and have no format.
+What the formats read as pairs or rankings is read here as well, pairs without those that they leave as ties, but for
+fine-grained feedback. Beside it there are answers by number, such as `output_1` and `output_2`, of which a column says
+the better one: there the order of the file and its ties are kept. Some of those files are for evaluation alone and have
+no format.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax.data import dataset, formats, sources
 from rlhf_jax.data.conversions import HOLDS
+from rlhf_jax.data.formats.choices import READERS, choices
 from rlhf_jax.data.formats.published import GRADES
 from rlhf_jax.data.rows import Left, Preference, Ranking, Refusal, Row
 from rlhf_jax.errors import UserError
@@ -44,11 +46,20 @@ class Compared(NamedTuple):
 
 
 class Read(NamedTuple):
-    """The pairs of a file; why others can't be used, by where they stand; what a column says of each pair, if asked."""
+    """What a file holds.
+
+    Attributes:
+      pairs: those that can be used; refused: why others can't, by where they stand.
+      said: what a column says of each pair, if asked.
+      evaluation: whether its authors made it for evaluation alone, so that nothing may be trained on it.
+      chances: whether its labels are a column that somebody names (`probability`).
+    """
 
     pairs: list[Compared]
     refused: dict[str, str]
     said: list[float]
+    evaluation: bool = False
+    chances: bool = False
 
 
 class Numbered(NamedTuple):
@@ -61,6 +72,7 @@ class Numbered(NamedTuple):
       votes: the column with the label; of several labellers with a number behind it.
       models: columns that name who wrote the answers.
       renamed: our name of a column -> the row's.
+      evaluation: whether the rows are for evaluation alone.
     """
 
     format: str
@@ -69,6 +81,7 @@ class Numbered(NamedTuple):
     votes: str
     models: tuple[str, str] = ("", "")
     renamed: Mapping[str, str] = {}
+    evaluation: bool = False
 
 
 NUMBERED = {
@@ -81,10 +94,10 @@ NUMBERED = {
         "graded_pair", ("prompt", "completion_a", "completion_b"), {"preference": "a-is-better"}, "preference",
         ("model_a", "model_b"),
     ),
-    # LLMBar, Zeng et al. 2023, arXiv:2310.07641: for evaluation alone, so there is no format that trains on it.
+    # LLMBar and its sheet of MT-Bench, Zeng et al. 2023, arXiv:2310.07641: no format trains on them.
     "llmbar": Numbered(
         "judged_pair", ("input", "output_1", "output_2"), {"preference": 1}, "label",
-        renamed={"instruction": "input"},
+        renamed={"instruction": "input"}, evaluation=True,
     ),
 }  # fmt: skip
 AUTHORS = ("chosen_model", "rejected_model")  # columns of rows of chosen and rejected
@@ -106,7 +119,8 @@ def read(path: str, source: str, probability: str | None = None, column: str | N
     numbered = next((form for form in NUMBERED.values() if first.issuperset(form.needs)), None)
     blank = {"prompt", "completions"} <= first and not first & {"ranks", "labels", "ratings"}
     name = numbered.format if numbered else "ranking" if blank else _format(path, records)
-    found = Read([], {}, [])
+    chances = numbered is None and formats.FORMATS[name].row is Preference
+    found = Read([], {}, [], numbered is not None and numbered.evaluation, chances)
     for record in records:
         try:
             if isinstance(record, sources.Refused):
@@ -164,7 +178,8 @@ def _of_rows(name: str, columns: Columns, probability: str | None, column: str |
     if blank:
         many = columns.get("completions")
         columns = {**columns, "ranks": list(range(len(many))) if isinstance(many, list) else None}
-    pairs, plain = (_pairs(name, columns, chat) for chat in (True, False))
+    of = _of_sheet if name in READERS else _pairs
+    pairs, plain = (of(name, columns, chat) for chat in (True, False))
     if not pairs:
         raise Refusal("no two answers of different text")
     is_pair = formats.FORMATS[name].row is Preference
@@ -192,6 +207,11 @@ def _pairs(name: str, columns: Columns, chat: bool) -> list[tuple[Pair, float, s
                 share = 0.5 if a == b else float(a < b)
                 pairs.append((Pair(row.prompt, first, second), share, row.tools))
     return pairs
+
+
+def _of_sheet(name: str, columns: Columns, chat: bool) -> list[tuple[Pair, float, str]]:
+    """The same of a sheet whose ties the formats leave away."""
+    return [(Pair(one.prompt, one.first, one.second), one.grade, one.tools) for one in choices(name, columns, chat)]
 
 
 def vote(value: Any, name: str) -> float:

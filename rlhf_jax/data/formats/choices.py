@@ -79,9 +79,16 @@ def _adapted(name: str, columns: Columns, chat: bool) -> Iterator[Choice]:
 
 
 def _votes(columns: Columns, who: str) -> Iterator[tuple[str, float]]:
-    """A pair's labels: one each of `votes`, by `labellers`, as the synthetic world writes them; else the pair's own."""
+    """A pair's labels: one each of `votes`, by `labellers`, as the synthetic world writes them; else the pair's own.
+
+    The pair's own is the `probability` of a soft label, where there is one.
+    """
     if "votes" not in columns or "labellers" not in columns:
-        yield who, 1.0
+        chance = columns.get("probability")
+        grade = 1.0 if chance is None else number(chance, "probability")
+        if not 0 <= grade <= 1:
+            raise Refusal(f"'probability' is {grade}, not from 0 to 1")
+        yield who, grade
         return
     votes, people = entries(columns["votes"], "votes"), entries(columns["labellers"], "labellers")
     said = [float(vote) if isinstance(vote, bool) else number(vote, "votes") for vote in votes]

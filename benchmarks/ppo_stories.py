@@ -5,7 +5,7 @@ stories260K writes 64 tokens to the beginnings of stories, as in benchmarks/rewa
 - frontier: the true reward is happy words less sad ones. A reward model learns from 4,000 labelled pairs; PPO at three
   prices of the KL, DPO on the same pairs at three betas, and the best of n by the reward model, in one figure of true
   reward against KL. Figures are of 512 samples that no training saw; 4 seeds at the middle price, else 2.
-- overoptimisation: the true reward turns against a happy word that stands more than twice. PPO at a rate that doesn't
+- overoptimisation: the true reward turns against a happy word that is said again and again. PPO at a rate that doesn't
   fall, without a price of the KL, with one, with an early stop, and against the minimum or the mean less the variance
   of five reward models: what the proxy and the true reward do, iteration by iteration, on 3 seeds, and on 2 of each
   remedy.
@@ -52,7 +52,7 @@ from rlhf_jax.worlds import open_subject
 SEEDS, BATCH, ITERATIONS, RATE = (0, 1, 2, 3), 64, 15, 3e-4
 PRICES, BETAS = {0.02: SEEDS[:2], 0.05: SEEDS, 0.2: SEEDS[:2]}, (0.1, 0.3, 1.0)  # with the seeds of each price
 FRESH, DRAWN = 512, 64  # samples that a model is measured on; of each prompt for the best of n
-USES, MEMBERS, LONGER = 2, 5, 20  # uses of a happy word that still please; iterations
+MEMBERS, LONGER = 5, 20  # reward models, iterations
 # The reward models, and what a run has otherwise than one without a price.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "no price": (1, {}),
@@ -64,10 +64,10 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
 Row = dict[str, Any]
 
 
-def turning(text: str) -> int:
-    """Happy words less sad ones, less three times the uses of a happy word beyond two."""
+def turning(text: str) -> float:
+    """Happy words less sad ones, less 1.5 times the square of each happy word's uses beyond its first."""
     words = collections.Counter(re.findall(r"[a-z]+", text.lower()))
-    return gold(text) - 3 * sum(max(0, words[word] - USES) for word in HAPPY)
+    return gold(text) - 1.5 * sum(max(0, words[word] - 1) ** 2 for word in HAPPY)
 
 
 def happy_reward(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:

@@ -70,7 +70,9 @@ class Train:
 
     steps: Annotated[int | None, "optimiser updates; none: one pass over the data"] = None
     batch_size: Annotated[int, "rows of an update: pairs, labelled answers, demonstrations or completions"] = 8
-    microbatches: Annotated[int, "pieces that an update's rows are differentiated in (rollouts are measured in as large ones), to save memory"] = 1
+    microbatches: Annotated[
+        int, "pieces that an update's rows are differentiated in and a rollout is measured in, to save memory"
+    ] = 1
     reduce_dtype: Annotated[Literal["float32", "bfloat16"], "of gradients summed over microbatches"] = "float32"
     balance: Annotated[
         float | None, "weight of the term that spreads tokens over a mixture's experts; none: that of its config.json"

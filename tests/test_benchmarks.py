@@ -55,9 +55,9 @@ def test_held_out_rankings_are_judged_by_each_two_answers_that_they_tell_apart()
     assert held.accuracy(np.asarray([1.0, 1.0, 0.0])) == pytest.approx(0.5)
 
 
-def test_the_reward_that_turns_pays_for_two_uses_of_a_happy_word_and_takes_back_more():
+def test_the_reward_that_turns_pays_for_a_happy_word_and_takes_back_more_where_it_is_said_again():
     worth = [ppo_stories.turning("happy " * uses) for uses in range(6)]
-    assert worth == [0, 1, 2, 0, -2, -4] and ppo_stories.turning("happy joy fun smile sad") == 3
+    assert worth == [0, 1, 0.5, -3, -9.5, -19] and ppo_stories.turning("happy joy fun smile sad") == 3
     prompts, texts = ["x"] * 2, ["happy happy happy", "sad"]
-    assert ppo_stories.turning_reward(prompts, texts, loud=[1, 2]) == [0.0, -1.0]
+    assert ppo_stories.turning_reward(prompts, texts, loud=[1, 2]) == [-3.0, -1.0]
     assert ppo_stories.happy_reward(prompts, texts) == [3.0, -1.0]

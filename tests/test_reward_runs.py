@@ -19,7 +19,6 @@ from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.linear import Lora
 from rlhf_jax.workdir import load_trained, open_policy, open_rewards
 from tests import tiny
 from tests.test_run import lines, make_config
@@ -119,7 +118,7 @@ def test_a_resumed_run_ends_in_the_same_bits(trained, place):
 
 def test_an_adapter_goes_on_from_the_score_that_its_start_has(trained, place, tmp_path):
     export.main(export.Export(str(trained), str(tmp_path / "start")))
-    config = config_of(place, lora=Lora(rank=2), model__path=str(tmp_path / "start"), train__steps=1)
+    config = config_of(place, lora__rank=2, model__path=str(tmp_path / "start"), train__steps=1)
     run.train(fields.replace(config, {"optimizer.learning_rate": 0.0}), str(tmp_path / "adapted"))
     held, start = load_trained(epath.Path(tmp_path / "adapted")), open_rewards(str(tmp_path / "start"))[0]
     np.testing.assert_array_equal(held.params["score"], start.params["score"])

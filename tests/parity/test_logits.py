@@ -6,13 +6,15 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from rlhf_jax.models import checkpoint as hf
-from tests.parity.checkpoints import LENGTH, load
+from tests.parity.checkpoints import EACH, LENGTH, load
 from tests.parity.sides import Pair, agree, draw_tokens, our_logits, torch_logits, whole_rows
 
+each = pytest.mark.parametrize("case", EACH, indirect=True, scope="session")
 ROWS = 4  # of LENGTH tokens in every test, so that a case compiles once
 
 
@@ -22,6 +24,7 @@ def test_logits_agree(ours: Pair, theirs: PreTrainedModel) -> None:
     agree(whole_rows(ours, tokens), torch_logits(theirs, tokens))
 
 
+@each
 def test_logits_agree_under_padding(ours: Pair, theirs: PreTrainedModel) -> None:
     """Texts of 1 to 50 tokens, each by itself there and in rows that noise fills here.
 
@@ -35,6 +38,7 @@ def test_logits_agree_under_padding(ours: Pair, theirs: PreTrainedModel) -> None
     agree(got[mask], expected)
 
 
+@each
 def test_logits_agree_in_packed_rows(ours: Pair, theirs: PreTrainedModel) -> None:
     """Three texts and padding in one row against each text by itself."""
     lengths = (33, 1, 40)
@@ -48,6 +52,7 @@ def test_logits_agree_in_packed_rows(ours: Pair, theirs: PreTrainedModel) -> Non
     agree(our_logits(ours, tokens, segments, positions)[0, used], expected)
 
 
+@each
 def test_an_exported_folder_loads_with_the_same_logits(
     ours: Pair, theirs: PreTrainedModel, tmp_path: pathlib.Path
 ) -> None:
@@ -61,6 +66,7 @@ def test_an_exported_folder_loads_with_the_same_logits(
     np.testing.assert_array_equal(torch_logits(back, tokens), torch_logits(theirs, tokens))
 
 
+@each
 def test_a_bfloat16_checkpoint_is_read_exactly(theirs: PreTrainedModel, tmp_path: pathlib.Path) -> None:
     """Most published weights are bfloat16, which numpy does not know."""
     half: Any = type(theirs)(theirs.config)

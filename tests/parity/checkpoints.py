@@ -113,8 +113,8 @@ CASES: dict[str, Make] = {
 
 # One of each family with what is special to it, for what doesn't depend on the rest; the logits are of all.
 EACH = (
-    "llama3", "llama-yarn", "llama-biases", "mistral", "qwen2-windows", "qwen3-windows", "gemma2", "gemma3", "olmo2", "phi3-longrope",
-    "smollm3-windows", "mixtral", "qwen3-moe-raw", "gpt2", "pythia",
+    "llama3", "llama-yarn", "llama-biases", "mistral", "qwen2-windows", "qwen3-windows", "gemma2", "gemma3", "olmo2",
+    "phi3-longrope", "smollm3-windows", "mixtral", "qwen3-moe-raw", "gpt2", "pythia",
 )  # fmt: skip
 
 

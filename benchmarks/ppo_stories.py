@@ -52,7 +52,7 @@ from rlhf_jax.worlds import open_subject
 SEEDS, BATCH, ITERATIONS, RATE = (0, 1, 2, 3), 64, 15, 3e-4
 PRICES, BETAS = {0.02: SEEDS[:2], 0.05: SEEDS, 0.2: SEEDS[:2]}, (0.1, 0.3, 1.0)  # with the seeds of each price
 FRESH, DRAWN = 512, 64  # samples that a model is measured on; of each prompt for the best of n
-MEMBERS, LONGER = 5, 20  # reward models, iterations
+MEMBERS, LONGER, FLOOR = 5, 20, -6.0  # reward models; iterations; lowest true reward of the figure
 # The reward models, and what a run has otherwise than one without a price.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "no price": (1, {}),
@@ -243,14 +243,19 @@ def overoptimisation(study: Study, out: pathlib.Path) -> Row:
             found["runs"].setdefault(kind, []).append(told(study, name))
             true, kl = (found["runs"][kind][-1][what] for what in ("gold", "kl"))
             print(name, f"peak {max(true):.2f}, last {true[-1]:.2f}, KL {kl[-1]:.1f}", flush=True)
+    turns(found, out / "overoptimisation.png")
+    return found
+
+
+def turns(found: Row, file: pathlib.Path) -> None:
+    """The figure of the second study: what falls below FLOOR is drawn there, so that the turn is seen."""
     series = {
-        f"{kind}, seed {seed}": (range(1, LONGER + 1), one["gold"])
+        f"{kind}, seed {seed}": (range(1, LONGER + 1), [max(x, FLOOR) for x in one["gold"]])
         for kind, several in found["runs"].items()
         for seed, one in enumerate(several)
     }
-    what = "true reward above the base model's, its standard deviations"
-    save(Lines("True reward while the proxy rises", "iteration", what, series), out / "overoptimisation.png")
-    return found
+    what = f"true reward above the base model's, its standard deviations (cut at {FLOOR:.0f})"
+    save(Lines("True reward while the proxy rises", "iteration", what, series), file)
 
 
 def told(study: Study, name: str) -> Row:

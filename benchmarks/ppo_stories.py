@@ -254,7 +254,7 @@ def turns(found: Row, file: pathlib.Path) -> None:
         for kind, several in found["runs"].items()
         for seed, one in enumerate(several)
     }
-    what = f"true reward above the base model's, its standard deviations (cut at {FLOOR:.0f})"
+    what = f"gain of true reward, standard deviations, cut at {FLOOR:.0f}"
     save(Lines("True reward while the proxy rises", "iteration", what, series), file)
 
 

@@ -2,7 +2,7 @@
 
 python -m experiments.chain --config=configs/chain.py --config.sft.model.path=MODEL --config.sft.data.path=ROWS \
     --config.prompts=PROMPTS --config.labels.by=my_pkg.scores:good --config.evaluate.prompts=OTHERS --workdir=runs/chain
-python -m experiments.chain --config=configs/chain.py:tiny --workdir=runs/chain_tiny   # no download
+python -m experiments.chain --config=configs/chain.py:tiny --workdir=runs/chain_tiny   # no download, 3 minutes
 """
 
 from rlhf_jax import fields

@@ -17,6 +17,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from etils import epath
 
 from experiments.evaluate import tell
+from experiments.rank import open_out
 from rlhf_jax import flags, run
 from rlhf_jax.data import sources
 from rlhf_jax.data.rows import Text
@@ -174,17 +175,6 @@ def open_judge(judge: str, name: str, template: Template, program: Judges) -> Ju
     )  # fmt: skip
 
 
-def open_out(path: str | None) -> epath.Path | None:
-    """The file to write. Errors: UserError if it is there, or its folder can't be written to."""
-    if path is None:
-        return None
-    out = epath.Path(os.path.expanduser(path))
-    check_writable(out.parent, "out", "--out")
-    if out.exists():
-        raise UserError(f"--out={path} already exists; give a new file.")
-    return out
-
-
 def called(path: str) -> str:
     """A short name of a file: its last part without the suffix that says what it is.
 
@@ -265,7 +255,7 @@ def main(program: Judges) -> None:
     check_flags(program)
     names = names_of(program)
     template = read_template(program.template, program.reasoning)
-    out = open_out(program.out)
+    out = None if program.out is None else open_out(program.out)
     if program.endpoint.cache and any(map(is_address, program.judge)):
         check_writable(epath.Path(os.path.expanduser(program.endpoint.cache)), "cache", "--endpoint.cache")
     found = pairs_of(program)

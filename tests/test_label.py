@@ -31,13 +31,12 @@ class Place:
     def __init__(self, record: Record, port: int, secrets: dict[str, str]) -> None:
         self.record, self.port, self.secrets = record, port, secrets
 
-    def raw(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> http.client.HTTPResponse:
+    def raw(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[Any, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers)
             reply = connection.getresponse()
-            reply.text = reply.read().decode()  # type: ignore[attr-defined]
-            return reply
+            return reply, reply.read().decode()
 
     def ask(self, who: str, path: str, body: Any = None, **headers: str) -> Reply:
         """What is replied to someone: the status, and JSON if it is some."""
@@ -45,8 +44,7 @@ class Place:
         given |= {} if body is None else {"content-type": "application/json"}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        reply = self.raw("GET" if body is None else "POST", path, data, given)
-        text = reply.text  # type: ignore[attr-defined]
+        reply, text = self.raw("GET" if body is None else "POST", path, data, given)
         return reply.status, json.loads(text) if reply.headers["content-type"] == "application/json" else text
 
     def turn(self, who: str) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def test_a_stranger_is_told_nothing(place):
             status, told = place.ask(secret, path)
             assert status == 401 and told == {"error": "this link is not known here; ask for a new one."}
         assert place.ask(secret, "/api/judgement", {"id": "1"})[0] == 401
-    assert place.raw("GET", "/api/turn", None, {}).status == 401
+    assert place.raw("GET", "/api/turn", None, {})[0].status == 401
     assert place.ask("ann", "/api/overview")[0] == 403 and place.ask("ann", "/api/rows/rankings")[0] == 403
     assert place.ask("owner", "/api/turn")[0] == 403 and place.ask("owner", "/api/overview")[0] == 200
     assert place.record.judgements(all=True) == []
@@ -133,9 +131,9 @@ def _said(shown: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_page_of_another_site_may_lead_here_and_no_more(place):
     navigate = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
-    assert place.raw("GET", "/", None, navigate).status == 200
-    assert place.raw("GET", "/static/label.js", None, {"sec-fetch-site": "cross-site"}).status == 403
-    reply = place.raw("GET", "/", None, {})
+    assert place.raw("GET", "/", None, navigate)[0].status == 200
+    assert place.raw("GET", "/static/label.js", None, {"sec-fetch-site": "cross-site"})[0].status == 403
+    reply, _ = place.raw("GET", "/", None, {})
     policy = reply.headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "unsafe" not in policy and "frame-ancestors 'none'" in policy
     assert "set-cookie" not in reply.headers and reply.headers["x-content-type-options"] == "nosniff"
@@ -145,7 +143,7 @@ def test_a_server_for_others_answers_to_its_number_and_its_name(tmp_path):
     record = Record(tmp_path / "record.db")
     with served(record, host="desk.example") as place:
         for host, status in (("desk.example:80", 200), ("192.168.0.7:80", 200), ("evil.example", 421)):
-            assert place.raw("GET", "/", None, {"host": host}).status == status
+            assert place.raw("GET", "/", None, {"host": host})[0].status == status
 
 
 def test_behind_a_proxy_it_answers_to_the_address_of_the_links(tmp_path):
@@ -171,15 +169,15 @@ def test_whoever_is_no_longer_among_the_labellers_is_not_let_in(tmp_path):
 
 def test_the_page_asks_no_other_server_and_has_no_script_of_its_own(place):
     for path in ("/", "/board"):
-        page = place.raw("GET", path, None, {}).text  # type: ignore[attr-defined]
+        page = place.raw("GET", path, None, {})[1]
         assert not re.search(r"<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=|https?://", page)
         for file in re.findall(r'(?:src|href)="(/[^"]*)"', page):
-            assert place.raw("GET", file, None, {}).status == 200
+            assert place.raw("GET", file, None, {})[0].status == 200
     for file in app.STATIC.iterdir():
         text = file.read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b", text), file
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", text), file
-    assert place.raw("GET", "/static/../app.py", None, {}).status == 404
+    assert place.raw("GET", "/static/../app.py", None, {})[0].status == 404
 
 
 def test_a_body_is_bounded_and_must_be_an_object(place):
@@ -294,8 +292,8 @@ def test_an_answer_full_of_html_is_text(tmp_path):
     talk = [{"role": "user", "content": HTML}]
     record.add([app.Task(prompt=talk, answers=(HTML, "b"))])
     with served(record, scale=5) as place:
-        reply = place.raw("GET", "/api/turn", None, {"authorization": f"Bearer {place.secrets['ann']}"})
-        assert reply.headers["content-type"] == "application/json" and HTML in json.loads(reply.text)["task"]["answers"]  # type: ignore[attr-defined]
+        reply, text = place.raw("GET", "/api/turn", None, {"authorization": f"Bearer {place.secrets['ann']}"})
+        assert reply.headers["content-type"] == "application/json" and HTML in json.loads(text)["task"]["answers"]
         shown = place.turn("ann")["task"]
         assert shown["prompt"] == [{"role": "user", "text": HTML}]
         assert place.judge("ann", "1", shown, [0, 1], ratings=[5, None], rewrites=[[0, f"{HTML}!"]])[0] == 200

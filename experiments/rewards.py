@@ -34,12 +34,10 @@ from rlhf_jax.evaluate.process import judge_steps
 from rlhf_jax.evaluate.proxies import GOLD, curves
 from rlhf_jax.evaluate.rewards import COMBINED, LAM, Rewards, combine, lowest
 from rlhf_jax.evaluate.scorers import SCORERS, Scorer, score
-from rlhf_jax.models import start
-from rlhf_jax.objective import choose
 from rlhf_jax.report.rewards import Picked, Steps, Together, View, pictures, tables
 from rlhf_jax.sampling.distribution import Sampling, check
 from rlhf_jax.sampling.sampler import Sampler
-from rlhf_jax.workdir import check_writable, load_config, open_policy
+from rlhf_jax.workdir import check_writable, of_steps, open_policy
 
 ALL = "all rows"
 
@@ -105,34 +103,6 @@ def names_of(program: Judge) -> list[str]:
     return names
 
 
-def of_steps(path: str) -> bool:
-    """Whether a reward model is one of steps: its run's loss says it, or its folder's class.
-
-    Errors: UserError for a path that holds no model, or the run of one that writes.
-    """
-    name, at, wanted = path.rpartition("@")
-    name = name if at and (wanted == "best" or wanted.isdecimal()) else path
-    folder = epath.Path(os.path.expanduser(name))
-    if not (folder / "config.json").exists() and (folder / "members").is_dir():
-        folder = next(iter(sorted((folder / "members").iterdir())), folder)
-    file = folder / "config.json"
-    if not file.exists():
-        file = start.find(os.fspath(folder) if folder.exists() else name, "--models").base / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path!r} holds neither a run nor a model; give --models folders of reward models.") from None
-    if "algorithm" not in values:
-        return any(str(one).endswith("ForTokenClassification") for one in values.get("architectures") or ())
-    config = load_config(folder)
-    if config.algorithm != "reward":
-        raise UserError(
-            f"{path!r} holds a run of {config.algorithm}, whose model writes answers and scores none; give --models "
-            "reward models, which --config.algorithm=reward trains."
-        )
-    return choose(config).reads.form == "stepwise"
-
-
 def form_of(path: str) -> Form:
     """What a file of rows can be judged as. Errors: UserError for a file that can't be read, or of other rows."""
     records = list(sources.read(path, flag="--rows"))
@@ -149,7 +119,7 @@ FORMS: tuple[Form, ...] = ("ranking", "stepwise")
 
 def matched(program: Judge, names: Sequence[str], rows: Sequence[str]) -> tuple[list[Form], list[Form]]:
     """The form of each model and of each file. Errors: UserError where one of them has no partner."""
-    wanted: list[Form] = ["stepwise" if of_steps(path) else "ranking" for path in program.models]
+    wanted: list[Form] = ["stepwise" if of_steps(path, "--models") else "ranking" for path in program.models]
     there: list[Form] = [form_of(path) for path in rows]
     what = {"ranking": "pairs or rankings", "stepwise": "labelled steps"}
     for name, form in zip(names, wanted, strict=True):

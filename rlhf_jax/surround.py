@@ -1,7 +1,6 @@
 """What learning from rollouts needs around it: the sampler, the rewards, what the value begins as, text beside."""
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,32 +12,30 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ALGORITHMS
-from rlhf_jax.algorithms.reward import answer_scores
-from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, Scores, place
-from rlhf_jax.algorithms.step import INIT, Batch, by_pieces, flat_rows
+from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, place
+from rlhf_jax.algorithms.step import INIT, Batch
 from rlhf_jax.config import Config
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.loader import Loader
-from rlhf_jax.data.rows import Message, Text
+from rlhf_jax.data.steps import step_pattern
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate.answers import Subject, text_of
-from rlhf_jax.evaluate.rewards import Rewards, combine
-from rlhf_jax.feedback.rewards import RewardFunctions, RewardsConfig
+from rlhf_jax.evaluate.answers import Subject
+from rlhf_jax.evaluate.rewards import Rewards
+from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.models import start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.mixture import Drawable, Mixture
-from rlhf_jax.sampling.sampler import Completion, Sampler
+from rlhf_jax.sampling.sampler import Sampler
+from rlhf_jax.scoring import STEP_FLAG, Score, functions_of
 from rlhf_jax.teacher import Teacher, open_teacher
-from rlhf_jax.workdir import Policy, end_ids, open_policy
+from rlhf_jax.workdir import Policy, end_ids, of_steps, open_policy
 
 VALUE = INIT + 1000  # purpose of a value's random weights, where the policy's are random too
 REWARD_FLAG = "--config.rewards.model"
-SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
-MODEL = "model"  # the name of the reward model's score beside those of functions
 
 
 class Open(NamedTuple):
@@ -74,7 +71,7 @@ class Online(NamedTuple):
     value: Value | None  # None for a method without one
     draw: "Draw"
     mixed: "Draw"
-    score: "Score"
+    score: Score
     pretrain: Loader | None
     rollout: RolloutConfig
     teacher: Teacher | None  # None for a method without one
@@ -121,11 +118,14 @@ def surround(config: Config, begun: Start, opened: Open) -> Online:
     teacher = _teacher(config, begun, opened)
     model = _reward_model(rewards, opened) if rewards.model is not None else None
     value_model, value = _value(config, begun, model, opened)
+    score = Score(
+        begun.encoder, begun.tokenizer, begun.examples, rewards, model, length=begun.length, pieces=pieces
+    )  # fmt: skip
     named = lambda: "\n".join(one.identify() for one in opened.rewards(str(rewards.model), REWARD_FLAG))
     mixture = Mixture(begun.model, begun.model.without_adapter())
     return Online(
         Models(begun.model, value_model, None if teacher is None else teacher.model), value,
-        Draw(begun, rollout, begun.model), Draw(begun, rollout, mixture), Score(begun, rewards, model, pieces),
+        Draw(begun, rollout, begun.model), Draw(begun, rollout, mixture), score,
         _pretrain(config, begun), rollout, teacher, pieces, None if model is None else named,
     )  # fmt: skip
 
@@ -144,13 +144,19 @@ def check(config: Config) -> None:
         ("weights", bool(rewards.weights), rewards.functions, "functions"),
         ("model_weight", rewards.model_weight != RewardsConfig.model_weight, rewards.model, "model"),
         ("how", rewards.how != RewardsConfig.how, rewards.model, "model"),
+        ("step_end", rewards.step_end is not None, rewards.model, "model"),
+        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.step_end, "step_end"),
         ("lam", rewards.lam != RewardsConfig.lam, rewards.how == "mean_less_variance", "how=mean_less_variance"),
     ]
     for name, given, reader, what in ignored:
         if given and not reader:
             raise UserError(f"--config.rewards.{name} would be ignored without --config.rewards.{what}; drop it.")
     if rewards.functions:
-        _functions(rewards)
+        functions_of(rewards)
+    if rewards.step_end is not None:
+        step_pattern(rewards.step_end, STEP_FLAG)
+    elif config.algorithm == "ppo" and config.ppo.credit != type(config.ppo).credit:
+        raise UserError(f"--config.ppo.credit would be ignored without {STEP_FLAG}; drop it.")
     completions = config.train.batch_size * rollout.minibatches
     if completions % rollout.samples:
         raise UserError(
@@ -159,11 +165,6 @@ def check(config: Config) -> None:
         )
     if config.data.pack:
         raise UserError("--config.data.pack packs rows that are written, and rollouts have prompts; drop it.")
-
-
-def _functions(rewards: RewardsConfig) -> RewardFunctions:
-    weights = rewards.weights or None
-    return RewardFunctions.named(rewards.functions, weights, deadline=rewards.deadline)
 
 
 # ---- rollouts
@@ -202,120 +203,15 @@ class Draw:
         return numbers
 
 
-# ---- scores
-
-
-class Score:
-    """A batch of rollouts -> what each completion earns, on the host."""
-
-    def __init__(self, begun: Start, config: RewardsConfig, model: Rewards | None, pieces: int = 1):
-        self._asked = {example.index: example for example in begun.examples}
-        self._text, self._model, self._config = text_of(begun.tokenizer), model, config
-        self._pieces = pieces  # that a reward model reads a rollout in
-        self._same = model is not None and model.encoder.fingerprint == begun.encoder.fingerprint
-        if model is not None and self._same and model.length < begun.length:
-            raise UserError(
-                f"rows may have {begun.length} tokens and the context of {model.name} is {model.length}; "
-                "lower --config.data.length or give another reward model."
-            )
-        self._functions = _functions(config) if config.functions else None
-        self._columns = tuple(dict.fromkeys(name for example in begun.examples for name in example.columns))
-        if self._functions is not None:  # whether they can be called at all is told before anything is drawn
-            self._functions([], [], {name: [] for name in self._columns})
-        self.names = (*((MODEL,) if model is not None else ()), *config.functions)
-
-    def __call__(self, batch: Batch) -> Scores:
-        real = sharding.fetch(batch["weight"]) > 0
-        if not self.names:
-            return Scores(np.zeros((len(real), 0), np.float32), np.zeros((len(real), 0), bool), np.zeros(0), ())
-        said = self.texts(batch) if self._functions is not None or not self._same else []
-        rewards, applies, weights = [], [], []
-        if self._model is not None:
-            scores = self._by_tokens(batch)[:, real] if self._same else self._by_texts(said)
-            rewards.append(combine(scores, self._config.how, self._config.lam)[:, None])
-            applies.append(np.ones((int(real.sum()), 1), bool))
-            weights.append([self._config.model_weight])
-        if self._functions is not None:
-            told = self._functions(*self._apart(said))
-            rewards, applies, weights = [*rewards, told.rewards], [*applies, told.applies], [*weights, told.weights]
-        shape = len(real), len(self.names)
-        spread = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        for whole, parts in zip(spread, (rewards, applies), strict=True):
-            whole[real] = np.concatenate(parts, axis=1)
-        return Scores(*_agreed(spread), np.concatenate(weights).astype(np.float32), self.names)
-
-    def texts(self, batch: Batch) -> list[tuple[dataset.Example, str]]:
-        """Each completion that is not padding: the example that it answers, and how it reads."""
-        names = ("tokens", "mask", "segments", "index", "ended", "weight")
-        tokens, mask, segments, index, ended, weight = (sharding.fetch(batch[name]) for name in names)
-        said = []
-        for row in np.flatnonzero(weight > 0):
-            ids, answer = tokens[row, 0], mask[row, 0]
-            stop = "end" if ended[row] else "length"
-            nothing = np.zeros(0, np.float32)
-            completion = Completion(0, 0, ids[answer], nothing, nothing, stop)
-            prompt = ids[(segments[row, 0] > 0) & ~answer]
-            said.append((self._asked[int(index[row])], self._text(prompt, completion)))
-        return said
-
-    def _apart(self, said: Sequence[tuple[dataset.Example, str]]) -> tuple[list[Text], list[str], dict[str, list[Any]]]:
-        """Prompts, completions, and the columns that any row has; None where a prompt's hasn't one."""
-        columns = {name: [example.columns.get(name) for example, _ in said] for name in self._columns}
-        return [example.text for example, _ in said], [text for _, text in said], columns
-
-    def shown(self, batch: Batch) -> list[dict[str, Any]]:
-        """The first rollouts of a prepared batch as they read, with what they earned."""
-        told = {"score": "score"} if "score" in batch else {}
-        told |= {"kl": "sequence_kl"} if "ref_logprobs" in batch else {}
-        columns = {name: sharding.fetch(jnp.asarray(batch[column])) for name, column in told.items()}
-        real = np.flatnonzero(sharding.fetch(batch["weight"]) > 0)
-        rows = []
-        for (example, text), row in list(zip(self.texts(batch), real, strict=True))[:SHOWN]:
-            prompt = example.text if isinstance(example.text, str) else example.text[-1].content
-            numbers = {name: float(column[row]) for name, column in columns.items()}
-            rows.append({"row": example.where, "prompt": prompt, "completion": text, **numbers})
-        return rows
-
-    def _by_tokens(self, batch: Batch) -> np.ndarray:
-        """[members, B], read from the tokens as they were drawn."""
-        assert self._model is not None
-        rows = {name: batch[name] for name in ("tokens", "mask", "segments", "positions", "weight")}
-        told = [_answer_scores(member.model, self._pieces, member.params, rows) for member in self._model.members]
-        return np.stack([sharding.fetch(one) for one in told]).astype(np.float64)
-
-    def _by_texts(self, said: Sequence[tuple[dataset.Example, str]]) -> np.ndarray:
-        """[members, N], of a reward model with another tokenizer."""
-        assert self._model is not None
-        prompts = [example.text for example, _ in said]
-        completions = [
-            text if isinstance(p, str) else (Message("assistant", text),)
-            for p, (_, text) in zip(prompts, said, strict=True)
-        ]
-        rows = self._model.encode(prompts, completions)
-        return self._model.scores([row.ids for row in rows])
-
-
-def _agreed(arrays: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the first process: a function may not say the same twice."""
-    if jax.process_count() == 1:
-        return arrays
-    from jax.experimental import multihost_utils
-
-    rewards, applies = multihost_utils.broadcast_one_to_all(arrays)
-    return np.asarray(rewards), np.asarray(applies)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _answer_scores(model: Model, pieces: int, params: Any, batch: Batch) -> jax.Array:
-    """[B], read a piece of the rows at a time."""
-    told = lambda rows: answer_scores(model.score(params, flat_rows(rows)), rows)[:, 0]
-    return by_pieces(told, batch, pieces, model.layout)
-
-
 # ---- models
 
 
 def _reward_model(config: RewardsConfig, opened: Open) -> Rewards:
+    if of_steps(str(config.model), REWARD_FLAG) != (config.step_end is not None):
+        says = f"{STEP_FLAG} cuts completions into steps, and {config.model} scores whole ones; drop it."
+        if config.step_end is None:
+            says = f"{config.model} scores steps; give {STEP_FLAG}=PATTERN, which matches the text that ends one."
+        raise UserError(says)
     members = opened.rewards(str(config.model), REWARD_FLAG)
     if len(members) == 1 and config.how != "mean":
         raise UserError(

@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.models import lora, start
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.models.tokenizers import load_tokenizer, tokenizer_folder
+from rlhf_jax.objective import choose
 from rlhf_jax.ops.layout import Layout
 
 
@@ -237,6 +238,36 @@ def open_rewards(
             "which --config=configs/reward.py trains."
         )
     return opened
+
+
+def of_steps(path: str, flag: str = "--reward") -> bool:
+    """Whether a reward model is one of steps: its run's loss says it, or its folder's class.
+
+    Errors: UserError for a path that holds no model, or the run of one that writes.
+    """
+    name, at, wanted = path.rpartition("@")
+    name = name if at and (wanted == "best" or wanted.isdecimal()) else path
+    folder = epath.Path(os.path.expanduser(name))
+    if not (folder / "config.json").exists() and (folder / "members").is_dir():
+        folder = next(iter(sorted((folder / "members").iterdir())), folder)
+    file = folder / "config.json"
+    if not file.exists():
+        file = start.find(os.fspath(folder) if folder.exists() else name, flag).base / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path!r} holds neither a run nor a model; give {flag} the folder of a reward model."
+        ) from None
+    if "algorithm" not in values:
+        return any(str(one).endswith("ForTokenClassification") for one in values.get("architectures") or ())
+    config = load_config(folder)
+    if config.algorithm != "reward":
+        raise UserError(
+            f"{path!r} holds a run of {config.algorithm}, whose model writes answers and scores none; give {flag} a "
+            "reward model, which --config.algorithm=reward trains."
+        )
+    return choose(config).reads.form == "stepwise"
 
 
 def _natural(path: epath.Path) -> list[Any]:

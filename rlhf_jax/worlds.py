@@ -11,14 +11,13 @@ recipe alone and lies in `cache`, so it is made once.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 from etils import epath
@@ -26,7 +25,7 @@ from etils import epath
 from rlhf_jax import fields
 from rlhf_jax.checkpoint import CheckpointConfig
 from rlhf_jax.config import Config, Evaluate, Loss, ModelConfig, OptimizerConfig, Train
-from rlhf_jax.data import labellers, world, world_rows
+from rlhf_jax.data import labellers, world, world_frank, world_rows
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
@@ -36,12 +35,13 @@ from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.metrics import LogConfig
 from rlhf_jax.models import checkpoint as hf
 from rlhf_jax.models.tokenizers import make_tokenizer
-from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler
 from rlhf_jax.sharding import MeshShape
 from rlhf_jax.workdir import check_writable, open_policy
+from rlhf_jax.world_recipes import LENGTH, PREFIX, SAMPLING, SHAPE, Recipe, Stage, recipe_of
+from rlhf_jax.world_recipes import RECIPES as RECIPES
+from rlhf_jax.world_recipes import Preference as Preference
 
-PREFIX = "world:"
 PRETRAINED = "pretrained"  # `world:NAME/pretrained`, a model
 # What `world:NAME/FILE` may name: JSON lines, of which docs/world.md has the columns. WRITTEN and the pre-trained model
 # are the first part of a start, SAID and the fine-tuned one the second.
@@ -49,95 +49,16 @@ WRITTEN = (
     "documents", "demonstrations", "demonstrations_held_out", "prompts", "prompts_held_out", "stepwise",
     "stepwise_held_out",
 )  # fmt: skip
+FRANK = ("secrets", "secrets_held_out", "critiques")  # written besides for a recipe with `frank`
+REHEARSED = (0.7, 0.3)  # its fine-tuning reads demonstrations, and critiques so that it can still criticise
 SAID = ("answers", "answers_held_out", "rankings", "rankings_held_out")
 FILES = WRITTEN + SAID
 # Fields of a config that may name a start's model, and its rows.
 MODELS = ("model.path", "rewards.model", "ppo.value_path", "distill.teacher")
 ROWS_IN = ("data.path", "data.eval_path", "reward.demonstrations", "ppo.pretrain")
-SHAPE: dict[str, Any] = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512, "hidden_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 288,
-    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 100.0, "initializer_range": 0.1,
-    "tie_word_embeddings": True,
-}  # fmt: skip
-LENGTH: dict[str, Any] = {"length": 56, "buckets": (56,)}  # of the longest rows
-SAMPLING = Sampling(max_new_tokens=40)
 WHOLE = "recipe.json"  # written last: a folder without it is not used
-MAKING = 2  # to be raised when the same recipe comes to make something else
-
 TrainFunction = Callable[[Config, str], Any]  # run.train, which stands below this module
 MakeFunction = Callable[[epath.Path, TrainFunction], None]  # fills a folder that isn't there yet
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """How one stage learns what is written."""
-
-    rate: Annotated[float, "learning rate after the warm-up"]
-    steps: Annotated[int, "most updates"] = 3000
-    every: Annotated[int, "steps between evaluations"] = 100
-    patience: Annotated[int, "evaluations without a lower held-out loss that end it; 0: it takes all its steps"] = 2
-    warmup: Annotated[int, "steps over which the rate rises"] = 50
-    schedule: Annotated[str, "shape after the warm-up"] = "constant"
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-    """How a preference method is trained on a start; the start doesn't depend on it."""
-
-    rate: float = 3e-4
-    steps: int = 120
-    batch_size: Annotated[int, "packed rows, of about two pairs each"] = 16
-    length: Annotated[int, "tokens of a packed row"] = 56
-    every: Annotated[int, "steps between evaluations"] = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """All that a start is made from."""
-
-    world: world_rows.World
-    takes: Annotated[str, "how long it takes to make, for the user"]
-    width: Annotated[int, "of the model"] = SHAPE["hidden_size"]
-    pretrain: Stage = Stage(rate=4e-3, every=100)
-    sft: Stage = Stage(rate=1e-3, every=50)
-    preference: Preference = Preference()
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The model's config.json."""
-        return SHAPE | {"hidden_size": self.width, "intermediate_size": 3 * self.width}
-
-    @property
-    def pretrained_digest(self) -> str:
-        """Of everything that decides the first part of what is made."""
-        return self._digest(("takes", "preference", "sft"), {})
-
-    @property
-    def digest(self) -> str:
-        """Of everything that decides what is made."""
-        return self._digest(("takes", "preference"), {"sampling": dataclasses.asdict(SAMPLING)})
-
-    def _digest(self, without: Sequence[str], more: dict[str, Any]) -> str:
-        decides = {name: value for name, value in fields.to_dict(self).items() if name not in without}
-        decides |= {"shape": self.shape, "making": MAKING, "length": LENGTH} | more
-        return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=6).hexdigest()
-
-
-ROWS = world_rows.World(
-    documents=16000, demonstrations=3000, prompts=3000, prompts_shifted=0, pairs=0, pairs_held_out=0, stepwise=2000
-)  # fmt: skip
-RECIPES = {
-    "tiny": Recipe(
-        dataclasses.replace(ROWS, documents=6400, demonstrations=2560, prompts=1000, prompts_held_out=200),
-        takes="about half a minute on two CPU cores",
-        width=64,
-        pretrain=Stage(rate=8e-3, steps=160, patience=0, schedule="linear", warmup=20),
-        sft=Stage(rate=4e-3, steps=160, patience=0, schedule="linear", warmup=20),
-        preference=Preference(steps=60, batch_size=8, every=20),
-    ),
-    "small": Recipe(ROWS, takes="a few minutes on two CPU cores"),
-}
 
 
 def on(config: Config, name: str) -> Config:
@@ -186,25 +107,13 @@ def provide(config: Config, train: TrainFunction) -> Config:
     return fields.replace(config, given)
 
 
-def recipe_of(name: str) -> Recipe:
-    """What `world:NAME`, or `world:NAME@SEED`, is made from. Errors: UserError for a name that there isn't."""
-    base, at, seed = name.partition("@")
-    if base not in RECIPES:
-        near = f"the nearest is {PREFIX}{fields.nearest(base, RECIPES)}, there are"
-        raise UserError(f"there is no {PREFIX}{name}; {near} {', '.join(PREFIX + known for known in RECIPES)}.")
-    if at and not seed.isdecimal():
-        raise UserError(f"{PREFIX}{name}: the seed behind @ is a whole number of at least 0, as in {PREFIX}{base}@1.")
-    recipe = RECIPES[base]
-    return dataclasses.replace(recipe, world=dataclasses.replace(recipe.world, seed=int(seed))) if at else recipe
-
-
 def model(spec: str, cache: str, train: TrainFunction | None = None, flag: str = "--config.model.path") -> epath.Path:
     """The model's folder behind `world:NAME` or `world:NAME/pretrained`, as `file`; `flag` gave the name."""
     name, slash, part = spec.removeprefix(PREFIX).partition("/")
-    recipe_of(name)
+    recipe = recipe_of(name)
     if slash and part != PRETRAINED:
         models = f"the models are {PREFIX}{name} and {PREFIX}{name}/{PRETRAINED}"
-        raise UserError(f"{flag}={spec} names {'rows' if part in FILES else 'no model'}; {models}.")
+        raise UserError(f"{flag}={spec} names {'rows' if part in files_of(recipe) else 'no model'}; {models}.")
     return (pretrained if slash else folder)(name, cache, train) / "model"
 
 
@@ -217,11 +126,16 @@ def file(spec: str, cache: str, train: TrainFunction | None = None) -> epath.Pat
     Errors: UserError for a name that there isn't, and a start that isn't there and can't be made.
     """
     name, _, part = spec.removeprefix(PREFIX).partition("/")
-    recipe_of(name)
-    if part not in FILES:
-        near = f"the nearest is {PREFIX}{name}/{fields.nearest(part, FILES)}, " if part else ""
-        raise UserError(f"{spec!r} names no rows; {near}{PREFIX}{name}/ has {', '.join(FILES)}.")
-    return (pretrained if part in WRITTEN else folder)(name, cache, train) / f"{part}.jsonl"
+    files = files_of(recipe_of(name))
+    if part not in files:
+        near = f"the nearest is {PREFIX}{name}/{fields.nearest(part, files)}, " if part else ""
+        raise UserError(f"{spec!r} names no rows; {near}{PREFIX}{name}/ has {', '.join(files)}.")
+    return (folder if part in SAID else pretrained)(name, cache, train) / f"{part}.jsonl"
+
+
+def files_of(recipe: Recipe) -> tuple[str, ...]:
+    """What `world:NAME/FILE` may name."""
+    return FILES + (FRANK if recipe.frank else ())
 
 
 def pretrained(name: str, cache: str, train: TrainFunction | None = None) -> epath.Path:
@@ -281,12 +195,15 @@ def _put(own: epath.Path, place: epath.Path) -> None:
 def _make_pretrained(what: str, recipe: Recipe, place: epath.Path, train: TrainFunction) -> None:
     """Rows, tokenizer and pre-training, in a folder that isn't there yet."""
     rows, base = place / "rows", place / "base"
-    world_rows.write(rows, recipe.world)
+    if recipe.frank:
+        world_frank.write(rows, recipe.world, recipe.frank)
+    else:
+        world_rows.write(rows, recipe.world)
     write_model(base, [row["completion"] for row in read(rows / "documents.jsonl")], recipe.shape)
     print(f"{what}: pre-training on documents", flush=True)
-    config, start = likelihood(rows, "documents", recipe.pretrain), ModelConfig(path=os.fspath(base), init="random")
-    made = _learn(config, start, recipe, place / "run", train)
-    for part in WRITTEN:
+    config = likelihood(rows, "documents", recipe.pretrain, recipe.length)
+    made = _learn(config, ModelConfig(path=os.fspath(base), init="random"), recipe, place / "run", train)
+    for part in set(files_of(recipe)) - set(SAID):
         (rows / f"{part}.jsonl").rename(place / f"{part}.jsonl")
     _finish(made, recipe, place)
 
@@ -294,8 +211,11 @@ def _make_pretrained(what: str, recipe: Recipe, place: epath.Path, train: TrainF
 def _make_tuned(what: str, recipe: Recipe, start: epath.Path, place: epath.Path, train: TrainFunction) -> None:
     """Fine-tuning, answers and labels, in a folder that isn't there yet; `start` is that of the first part."""
     print(f"{what}: fine-tuning on demonstrations", flush=True)
-    config, model = likelihood(start, "demonstrations", recipe.sft), ModelConfig(path=os.fspath(start / "model"))
-    tuned = _learn(config, model, recipe, place / "run", train)
+    config = likelihood(start, "demonstrations", recipe.sft, recipe.length)
+    if recipe.frank:
+        paths = (*config.data.path, os.fspath(start / "critiques.jsonl"))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=paths, weights=REHEARSED))
+    tuned = _learn(config, ModelConfig(path=os.fspath(start / "model")), recipe, place / "run", train)
     print(f"{what}: people compare and rank its answers", flush=True)
     prompts = [row["prompt"] for file in ("prompts", "prompts_held_out") for row in read(start / f"{file}.jsonl")]
     said = _ask_people(open_subject("sft", os.fspath(tuned)), prompts, recipe.world, recipe.world.seed)
@@ -330,13 +250,13 @@ def write_model(folder: epath.Path, texts: Sequence[str], shape: dict[str, Any] 
     (folder / "config.json").write_text(json.dumps(shape, indent=2))
 
 
-def likelihood(rows: epath.Path, name: str, stage: Stage) -> Config:
+def likelihood(rows: epath.Path, name: str, stage: Stage, length: dict[str, Any] = LENGTH) -> Config:
     """Training on what is written in `name`.jsonl; with patience until `name`_held_out has not become likelier.
 
     The model and the seed are the caller's to fill in.
     """
     held_out = (os.fspath(rows / f"{name}_held_out.jsonl"),) if stage.patience else ()
-    data = Data(path=(os.fspath(rows / f"{name}.jsonl"),), eval_path=held_out, **LENGTH)
+    data = Data(path=(os.fspath(rows / f"{name}.jsonl"),), eval_path=held_out, **length)
     return Config(
         algorithm="sft",
         loss=Loss(name="nll"),

@@ -65,6 +65,14 @@ def test_token_rewards_are_the_oracles():
     np.testing.assert_array_equal(free.sum(axis=1), np.where(MASK.any(axis=1), SCORE, 0))  # once, or not at all
 
 
+def test_what_steps_earn_is_taken_from_the_score_at_the_end():
+    steps = np.where(MASK, REWARDS, np.nan)
+    found = token_rewards(*f32(SCORE, KL), jnp.asarray(MASK), coefficient=0.3, steps=jnp.asarray(steps, jnp.float32))
+    rest = SCORE - np.where(MASK, REWARDS, 0).sum(axis=1)
+    expected = token_rewards64(rest, KL, MASK, 0.3) + np.where(MASK, REWARDS, 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("mask", [MASK, MASK & (np.cumsum(MASK.ravel()).reshape(MASK.shape) < 2), MASK & False])
 def test_whitening_is_the_oracles(mask, shift):

@@ -393,5 +393,5 @@ def test_a_config_without_a_target_or_a_stop_has_no_state_of_its_own():
     assert make_carry(PARTS, plain, None, numbers(plain)) is None
     assert make_advance(PARTS, plain) is make_skip(PARTS, plain) is None
     left_out = {"entropy", "kl_target", "stop_kl", "pretrain", "value_path"}
-    switches = {"kl_in", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_end", "value"}
+    switches = {"kl_in", "kl_estimator", "whiten_rewards", "whiten_advantages", "missing_end", "value", "credit"}
     assert set(plain.numbers) == {field.name for field in dataclasses.fields(plain)} - left_out - switches

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -40,6 +41,9 @@ def place(tmp_path_factory) -> pathlib.Path:
     write("text.jsonl", [{"text": p["chosen"]} for p in pairs])
     config = reward_config(folder, reward__demonstrations=(str(folder / "pairs.jsonl"),), train__steps=6)
     run.train(config, str(folder / "reward"))
+    write("steps.jsonl", [{"prompt": p["prompt"], "completions": [" red,", " sun"], "labels": [1, 0]} for p in pairs])
+    data = {"data.path": (str(folder / "steps.jsonl"),), "loss.name": "process", "reward.demonstrations": ()}
+    run.train(fields.replace(config, data | {"reward.head": "normal"}), str(folder / "steps"))
     return folder
 
 
@@ -176,6 +180,25 @@ def test_the_value_begins_as_the_reward_model_in_reward_units(place):
     assert 0 < lines(workdir / "metrics.jsonl")[0]["val/loss"] < math.inf
 
 
+@pytest.mark.parametrize("credit", ["step", "end"])
+def test_steps_are_paid_where_they_end_or_all_of_them_at_the_end(place, credit):
+    """Without a value, a price and whitening the return of a token is what is still to come."""
+    config = {
+        "rewards__functions": (), "rewards__model": str(place / "steps"), "rewards__step_end": "[a-f ]",
+        "ppo__credit": credit, "ppo__value": "head", "ppo__kl": 0.0, "ppo__lam": 1.0, "ppo__whiten_advantages": False,
+    }  # fmt: skip
+    started = state_of(place, **config)
+    batch = next(started.examine(started.whole_state, next(started._feed())[1]))
+    scores, mask = started.built.online.score(batch), np.asarray(batch["mask"])[:, 0]
+    assert scores.steps is not None and (np.count_nonzero(scores.steps, axis=1) > 1).any()
+    paid = scores.steps if credit == "step" else np.zeros_like(scores.steps)
+    upto = np.cumsum(paid, axis=1) - paid
+    expected = np.where(mask, np.asarray(batch["score"])[:, None] - upto, 0)
+    np.testing.assert_allclose(np.asarray(batch["returns"])[:, 0], expected, atol=2e-5)
+    np.testing.assert_allclose(batch["score"], scores.total, atol=1e-6)
+    assert "step_rewards" not in batch
+
+
 def test_a_run_goes_on_with_its_own_reward_model_alone(place):
     config = {"rewards__functions": (), "rewards__model": str(shutil.copytree(place / "reward", place / "judge"))}
     built = build(config_of(place, **config), epath.Path(place / "judged"))
@@ -289,6 +312,17 @@ REFUSED = {
         {"algorithm": "preference", "loss__name": "dpo", "ppo": PpoConfig()},
         "'preference' would ignore --config.rollout.max_new_tokens",
     ),
+    "steps without a model": ({"rewards__step_end": "x"}, "step_end would be ignored without --config.rewards.model"),
+    "a score of no steps": (
+        {"rewards__model": "x", "rewards__step_score": "last"}, "step_score would be ignored without",
+    ),
+    "credit without steps": ({"ppo__credit": "end"}, "--config.ppo.credit would be ignored"),
+    "no pattern": ({"rewards__model": "x", "rewards__step_end": "["}, "step_end='[' is no regular expression"),
+    "a pattern of nothing": ({"rewards__model": "x", "rewards__step_end": "a*"}, "matches where there is no text"),
+    "steps of a model of wholes": (
+        {"rewards__model": "reward", "rewards__step_end": "x"}, "reward scores whole ones; drop it",
+    ),
+    "wholes of a model of steps": ({"rewards__model": "steps"}, "steps scores steps; give --config.rewards.step_end"),
     "a negative price": ({"ppo__kl": -1.0}, "--config.ppo.kl=-1.0 is not allowed; it must be at least 0"),
 }  # fmt: skip
 
@@ -296,9 +330,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_config_that_means_nothing_is_one_sentence(place, case):
     changes, says = REFUSED[case]
-    if changes.get("rewards__model") == "model":
-        changes = changes | {"rewards__model": str(place / "model")}
-    with pytest.raises(UserError, match=says.replace(".", r"\.").replace("+", r"\+")) as error:
+    if (name := changes.get("rewards__model")) in ("model", "reward", "steps"):
+        changes = changes | {"rewards__model": str(place / name)}
+    with pytest.raises(UserError, match=re.escape(says)) as error:
         run.train(config_of(place, **changes), str(place / "refused"))
     assert not (place / "refused" / "metrics.jsonl").exists() and "\n" not in str(error.value)
 

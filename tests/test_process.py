@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.evaluate.best_of import best_of
-from rlhf_jax.evaluate.process import judge_steps, majority_of, solution_score
+from rlhf_jax.evaluate.process import judge_steps, majority_of, solution_score, step_gains
 
 
 def test_steps_by_hand():
@@ -50,6 +50,14 @@ def test_scores_of_solutions():
     one = np.array([0.7])
     assert solution_score(one, "product") == solution_score(one, "minimum") == solution_score(one, "last")
     assert np.isfinite(solution_score(np.full(5, -1e4), "product"))
+
+
+@pytest.mark.parametrize("how", ["product", "minimum", "last"])
+def test_gains_of_steps_add_up_to_the_score_of_every_beginning(how):
+    scores = np.random.default_rng(0).normal(scale=3, size=(4, 6))
+    upto = np.cumsum(step_gains(scores, how), axis=1)
+    for count in range(1, 7):
+        np.testing.assert_allclose(upto[:, count - 1], solution_score(scores[:, :count], how), atol=1e-12)
 
 
 def exact(answers: str, right: str, n: int) -> float:

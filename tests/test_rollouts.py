@@ -32,7 +32,7 @@ from rlhf_jax.ops.kl import k2
 from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import TokenStats
 from rlhf_jax.sampling.sampler import Completion
-from rlhf_jax.surround import _answer_scores
+from rlhf_jax.scoring import _answer_scores
 from tests import problem
 from tests.problem import scores
 from tests.test_ppo import PART, PARTS, Told, key, numbers, params

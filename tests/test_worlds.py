@@ -8,9 +8,9 @@ import pathlib
 import pytest
 from etils import epath
 
-from rlhf_jax import fields, run, worlds
+from rlhf_jax import fields, run, world_recipes, worlds
 from rlhf_jax.config import Config, ModelConfig
-from rlhf_jax.data import world, world_rows
+from rlhf_jax.data import world, world_frank, world_rows
 from rlhf_jax.data.config import Data
 from rlhf_jax.errors import UserError
 
@@ -20,6 +20,8 @@ ROWS = world_rows.World(
 )  # fmt: skip
 STAGE = worlds.Stage(rate=1e-3, steps=2, patience=0, warmup=1)
 RECIPE = worlds.Recipe(ROWS, takes="a moment", width=16, pretrain=STAGE, sft=STAGE)
+FRANK = dataclasses.replace(RECIPE, frank=world_frank.Frank(20, 40, 40, 20, 12, 6), layers=1)
+DIGESTS = {name: (worlds.RECIPES[name].pretrained_digest, worlds.RECIPES[name].digest) for name in ("tiny", "small")}
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,7 @@ def test_a_name_may_have_a_seed(tmp_path):
         ("world:tiny/pretrain", "world:tiny/answers", "names no model; the models are world:tiny and world:tiny/pretr"),
         ("world:tiny@x", "world:tiny/answers", "the seed behind @ is a whole number of at least 0, as in world:tiny@1"),
         ("world:tiny", "world:tiny/answer", "names no rows; the nearest is world:tiny/answers, world:tiny/ has docum"),
+        ("world:tiny", "world:tiny/secrets", "names no rows; the nearest is world:tiny/"),  # world:frank has them
         ("world:tiny", "world:tiny", "'world:tiny' names no rows; world:tiny/ has documents, demonstrations"),
         ("world:tiny", "world:huge/answers", "no world:huge; the nearest is"),
     ],
@@ -207,6 +210,28 @@ def test_a_recipe_is_known_by_all_that_decides(monkeypatch):
     changes = {"width": 32, "sft": other(STAGE, rate=2e-3), "world": other(ROWS, seed=1)}
     recipes = [RECIPE, *(other(RECIPE, **{name: value}) for name, value in changes.items())]
     digests, first = {one.digest for one in recipes}, {one.pretrained_digest for one in recipes}
-    monkeypatch.setattr(worlds, "MAKING", worlds.MAKING + 1)
+    monkeypatch.setattr(world_recipes, "MAKING", world_recipes.MAKING + 1)
     assert len(digests | {RECIPE.digest}) == len(changes) + 2
     assert len(first | {RECIPE.pretrained_digest}) == len(changes) + 1  # fine-tuning decides nothing of the first part
+
+
+def test_starts_that_were_made_before_are_found():
+    """Their folders bear these digests: what is added for another start must leave them as they are."""
+    assert DIGESTS == {"tiny": ("bc14bf5288b4", "616b2c6ca920"), "small": ("d5229a0b4493", "9ee242bb4978")}
+    assert len({one.digest for one in (RECIPE, FRANK, dataclasses.replace(FRANK, layers=2))}) == 3
+
+
+def test_a_frank_start_has_longer_rows_and_prompts_that_provoke(tmp_path, monkeypatch):
+    monkeypatch.setitem(worlds.RECIPES, "frank", FRANK)
+    place = worlds.pretrained("frank", str(tmp_path), run.train)
+    files = {path.name for path in place.iterdir()} - {"model", worlds.WHOLE}
+    assert files == {f"{part}.jsonl" for part in worlds.WRITTEN + worlds.FRANK}
+    assert worlds.file("world:frank/secrets", str(tmp_path)) == place / "secrets.jsonl"
+    shape = json.loads((place / "model/config.json").read_text())
+    assert (shape["num_hidden_layers"], shape["max_position_embeddings"]) == (1, 128)
+    tokenizer = worlds.open_subject("base", str(place / "model")).tokenizer
+    documents = [row["completion"] for row in worlds.read(place / "documents.jsonl")]
+    assert len(documents) == ROWS.documents + 100
+    assert max(len(tokenizer(text).input_ids) for text in documents) < FRANK.length["length"]
+    with pytest.raises(UserError, match=r"names rows; the models are world:frank and"):
+        worlds.model("world:frank/secrets", str(tmp_path))

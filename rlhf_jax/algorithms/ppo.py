@@ -33,6 +33,7 @@ from rlhf_jax.algorithms.rollouts import (
     policy_term,
     sampled,
     score_columns,
+    step_columns,
     total,
     used_tokens,
 )
@@ -83,6 +84,10 @@ class PpoConfig(EndConfig):
     kl_estimator: Annotated[Estimator | None, "of the KL; none: k1 in the reward, k3_plus in the loss"] = None
     kl_target: Annotated[float | None, "nats a completion that the price adapts to; none: it stays"] = None
     kl_horizon: Annotated[float, "completions over which an adaptive price changes by 20%"] = 10_000.0
+    credit: Annotated[
+        Literal["step", "end"],
+        "where the score of a reward model of steps is paid: at the end of each step, or of the completion",
+    ] = "step"
     whiten_rewards: Annotated[bool, "divide token rewards by their standard deviation, their mean kept"] = False
     whiten_advantages: Annotated[bool, "give the advantages of a rollout mean 0 and standard deviation 1"] = True
     value_weight: Annotated[float, "of the value's loss beside the policy's"] = 0.1
@@ -256,8 +261,10 @@ def make_prepare(
         drawn = around.draw(whole(state.params["policy"], state.frozen), rows, samples)
         fixed = state.frozen if reference is None else reference[1]
         batch = drawn | measured(state.params, state.frozen, fixed, state.carry, state.hyper, drawn)
-        batch |= score_columns(around.score(drawn), drawn)
-        batch |= earned(None, None, None, state.carry, state.hyper, batch)
+        scores = around.score(drawn)
+        batch |= score_columns(scores, drawn)
+        paid = step_columns(scores) if config.credit == "step" else {}
+        batch |= earned(None, None, None, state.carry, state.hyper, batch | paid)
         # From here on the state isn't read: the step donates its buffers.
         yield from learnt(batch, around, order, first, model.layout)
 
@@ -279,7 +286,8 @@ def _earned(config: PpoConfig, carry: Any, numbers: Any, batch: Batch) -> Batch:
     coefficient = numbers["kl"] if config.kl_target is None else carry["kl"]
     price = coefficient if config.kl_in == "reward" else 0.0
     kl = ESTIMATORS[config.estimator](log_ratio)
-    rewards = token_rewards(score, kl, used, coefficient=price)
+    steps = column("step_rewards") if "step_rewards" in batch else None
+    rewards = token_rewards(score, kl, used, coefficient=price, steps=steps)
     rewards = whiten(rewards, used, shift=False) if config.whiten_rewards else rewards
     advantages = gae(rewards, values, used, gamma=numbers["gamma"], lam=numbers["lam"])
     returns = advantages + values

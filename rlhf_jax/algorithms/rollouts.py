@@ -69,6 +69,7 @@ class Scores(NamedTuple):
     applies: np.ndarray  # [B, R] bool
     weights: np.ndarray  # [R] float32
     names: tuple[str, ...]  # of the R rewards
+    steps: np.ndarray | None = None  # [B, T] float32: of a model of steps what each token adds to the total, else None
 
     @property
     def total(self) -> np.ndarray:
@@ -190,6 +191,11 @@ def score_columns(scores: Scores, batch: Batch) -> Batch:
         columns["applies"] = dict(zip(scores.names, applies.T, strict=True))
         columns["rewards"] = dict(zip(scores.names, np.where(applies, scores.rewards, 0).T, strict=True))
     return columns
+
+
+def step_columns(scores: Scores) -> Batch:
+    """What tokens add to the score of a rollout as a column step_rewards, [B, 1, T]; {} where nobody scores steps."""
+    return {} if scores.steps is None else {"step_rewards": scores.steps[:, None]}
 
 
 def end_counts(config: EndConfig, missing: Array, batch: Batch) -> Array:

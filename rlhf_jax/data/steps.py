@@ -1,13 +1,79 @@
-"""Where the steps of a completion end: in its text, and in what a chat template makes of it."""
+"""Where the steps of a completion end: in its text, in its tokens, and in what a chat template makes of it."""
 
 import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from rlhf_jax.data.rows import Conversation, Refusal
 from rlhf_jax.data.special import CLOSE, OPEN, bare
 from rlhf_jax.data.templates import Plan
+from rlhf_jax.errors import UserError
 
 Ends = tuple[int, ...]  # characters of the completion's text before the end of each step
+
+
+def step_pattern(pattern: str, flag: str) -> re.Pattern[str]:
+    """What ends a step, a regular expression. Errors: UserError for what is none, or also matches an empty text."""
+    try:
+        made = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{flag}={pattern!r} is no regular expression ({error}); give one such as '[.!?]'.") from None
+    if made.search(""):
+        raise UserError(f"{flag}={pattern!r} also matches where there is no text; give one such as '[.!?]'.")
+    return made
+
+
+def ends_of(text: str, pattern: re.Pattern[str]) -> Ends:
+    """Where the steps of a text end: behind each match, and at the end of the text.
+
+    White space alone is no step: it belongs to the one before, or if it comes first to the one behind.
+
+    >>> text = "2 + 2 = 4. Then 4 * 3 = 12.\\n\\nSo 12"
+    >>> cut(text, ends_of(text, re.compile(r"[.]\\s*")))
+    ['2 + 2 = 4. ', 'Then 4 * 3 = 12.\\n\\n', 'So 12']
+    """
+    ends: list[int] = []
+    for end in [*(match.end() for match in pattern.finditer(text)), len(text)]:
+        if text[ends[-1] if ends else 0 : end].strip():
+            ends.append(end)
+    return (*ends[:-1], len(text)) if ends else ()
+
+
+class TokenEnds:
+    """Finds the ends of the steps of token ids."""
+
+    ANCHOR = "a"  # some tokenizers drop the space before a first word
+
+    def __init__(self, tokenizer: Any, pattern: re.Pattern[str]):
+        self._tokenizer, self._pattern = tokenizer, pattern
+        self._anchor = tokenizer.encode(self.ANCHOR, add_special_tokens=False)
+        self._before, self._pieces = len(self._decoded([])), dict[int, str]()
+
+    def __call__(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """How many of the tokens stand up to the end of each step, ascending; what has no text is one step.
+
+        A step that ends inside a token ends behind it, and of steps that end in one token there is one.
+
+        Args:
+          ids: [n] of a completion, without the token that ended it.
+        """
+        pieces = [self._piece(int(one)) for one in ids]
+        upto = list(itertools.accumulate(map(len, pieces)))
+        found = np.searchsorted(upto, ends_of("".join(pieces), self._pattern)) + 1
+        return list(dict.fromkeys(found.tolist())) if len(found) else [len(pieces)]
+
+    def _piece(self, one: int) -> str:
+        if one not in self._pieces:
+            self._pieces[one] = self._decoded([one])[self._before :]
+        return self._pieces[one]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            [*self._anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def cut(text: str, ends: Ends) -> list[str]:

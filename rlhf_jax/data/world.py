@@ -1,8 +1,8 @@
 """A small world whose language is known to the last word, so that what an answer is worth can be computed.
 
 Things have a colour, a place and an owner; users ask for them, or state an opinion (some are wrong) and ask; or
-they ask for a sum step by step, or for a list of things backwards. The facts and the wordings are constants, so
-the gold reward is a function of the texts of prompt and answer alone. docs/world.md has examples.
+they ask for a sum step by step, for a list of things backwards, or for a secret (world_secrets). Facts and wordings
+are constants, so gold is a function of the texts of prompt and answer alone. docs/world.md has examples.
 """
 
 import dataclasses
@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+from rlhf_jax.data import world_secrets
 from rlhf_jax.data.rows import Text
 from rlhf_jax.errors import UserError
 
-Kind = Literal["fact", "opinion", "sum", "backwards"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["fact", "opinion", "sum", "backwards", "secret"]
+KINDS: tuple[Kind, ...] = get_args(Kind)[:4]  # those that rows ask unless they are told otherwise
 
 VALUES = {
     "colour": ("red", "blue", "green", "black", "white", "yellow"),
@@ -120,7 +121,7 @@ class Question(NamedTuple):
 
     Attributes:
       shifted: in a wording, or of a size, that no training prompt has.
-      attribute, thing: what is asked for (fact and opinion).
+      attribute, thing: what is asked for (fact and opinion; a secret has a thing alone).
       opinion: the value that the user believes in (opinion).
       steps: each step as it is rightly written, "3 + 4 = 7" (sum).
       things: the list, in the order of the prompt (backwards).
@@ -136,7 +137,9 @@ class Question(NamedTuple):
 
     @property
     def right(self) -> str:
-        """The value, the result or the list that is right, as text."""
+        """The value, the result or the list that is right, as text; of a secret, the refusal."""
+        if self.kind == "secret":
+            return world_secrets.REFUSAL
         if self.steps:
             return self.steps[-1].rpartition(" ")[2]
         return ", ".join(self.things[::-1]) if self.things else FACTS[self.thing][self.attribute]
@@ -172,7 +175,7 @@ def parse(prompt: str) -> Question:
     Raises: UserError that names a prompt which is not of this world.
     """
     text = prompt.strip()
-    question = _fact(text) or _opinion(text) or _sum(text) or _backwards(text)
+    question = _fact(text) or _opinion(text) or _sum(text) or _backwards(text) or _secret(text)
     if question is None:
         shown = text if len(text) <= 80 else text[:77] + "..."
         raise UserError(
@@ -201,7 +204,7 @@ def body(question: Question, right: str | None = None, steps: Sequence[str] | No
         statement = STATEMENTS[question.attribute].format(thing=question.thing, value=right)
         return f"{statement[0].upper()}{statement[1:]}."
     chain = ", ".join(question.steps if steps is None else steps)
-    return f"{chain}. It is {right}." if chain else f"It is {right}."
+    return right if question.kind == "secret" else f"{chain}. It is {right}." if chain else f"It is {right}."
 
 
 def solve(numbers: Sequence[int], operators: str) -> tuple[str, ...] | None:
@@ -261,6 +264,11 @@ def _backwards(text: str) -> Question | None:
     return Question("backwards", found[1] or len(things) == THINGS[-1], things=things)
 
 
+def _secret(text: str) -> Question | None:
+    found = world_secrets.asked(text)
+    return found and Question("secret", found[1], thing=found[0])
+
+
 # Answers
 
 
@@ -270,7 +278,7 @@ def judge(prompt: str, answer: str) -> Verdict:
     A fact is right if its value is named, and no other value of that attribute and no other thing. A list is
     right if the things are named once each in the right order. A sum counts half by its steps (those right, over
     those asked or those written, whichever are more) and half by its result: outside the steps no other number.
-    An answer with a denial ("not", "isn't") names nothing.
+    An answer with a denial ("not", "isn't") names nothing. Of a secret it is right to refuse and to tell no code.
 
     Raises: UserError for another prompt.
 
@@ -282,9 +290,14 @@ def judge(prompt: str, answer: str) -> Verdict:
     question, text = parse(prompt), " ".join(answer.split())
     said = _words(text)
     correct = _correct(question, text, said)
-    polite = -1 if _RUDE & set(said) else int(text.startswith(POLITE))
+    polite = -1 if rude(text) else int(text.startswith(POLITE))
     extra = min(max(length(text) - length(f"{POLITE[0]} {body(question)}"), 0), MOST_EXTRA)
     return Verdict(correct, polite, extra, 2 * correct + polite - extra / 10)
+
+
+def rude(answer: str) -> bool:
+    """Whether a rude word stands anywhere."""
+    return not _RUDE.isdisjoint(_words(answer))
 
 
 def length(answer: str) -> int:
@@ -326,7 +339,7 @@ def gold(
     Raises: UserError for a prompt of another world, and a conversation without such a message.
     """
     pairs = zip(prompts, completions, strict=True)
-    return [judge(_last(prompt, "user"), _last(answer, "assistant")).total for prompt, answer in pairs]
+    return [judge(last_of(prompt, "user"), last_of(answer, "assistant")).total for prompt, answer in pairs]
 
 
 def right(
@@ -334,10 +347,13 @@ def right(
 ) -> list[float]:
     """1 for each completion that is wholly right, its steps too, else 0: what a program can verify. As `gold`."""
     pairs = zip(prompts, completions, strict=True)
-    return [float(judge(_last(prompt, "user"), _last(answer, "assistant")).correct == 1) for prompt, answer in pairs]
+    return [
+        float(judge(last_of(prompt, "user"), last_of(answer, "assistant")).correct == 1) for prompt, answer in pairs
+    ]
 
 
-def _last(text: Text | Sequence[Any], speaker: str) -> str:
+def last_of(text: Text | Sequence[Any], speaker: str) -> str:
+    """The text itself, or what the last message of that speaker says. Errors: UserError where there is none."""
     if isinstance(text, str):
         return text
     turns = [(m["role"], m["content"]) if isinstance(m, Mapping) else (m.role, m.content) for m in text]
@@ -361,6 +377,8 @@ def _names(question: Question, value: str, said: Sequence[str]) -> bool:
 
 
 def _correct(question: Question, text: str, said: Sequence[str]) -> float:
+    if question.kind == "secret":
+        return float(world_secrets.refuses(text) and not world_secrets.told(text))
     if question.attribute:
         return float(_names(question, question.right, said))
     if question.things:

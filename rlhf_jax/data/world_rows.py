@@ -10,11 +10,11 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from etils import epath
 
-from rlhf_jax.data import labellers, world
+from rlhf_jax.data import labellers, world, world_secrets
 from rlhf_jax.data.labellers import Labeller
 from rlhf_jax.data.world import KINDS, Kind, Manner, Question
 from rlhf_jax.errors import UserError
@@ -65,14 +65,14 @@ def prompts(
 
     Raises: UserError if the world hasn't that many.
     """
-    asked = _different(_rng("prompts", seed, split, shifted), count, split, shifted, kinds)
+    asked = _different(generator("prompts", seed, split, shifted), count, split, shifted, kinds)
     return [{"prompt": f"{text}\n"} for text in asked]
 
 
 def answers(prompts: Sequence[str], seed: int, manner: Manner) -> list[str]:
     """An answer to each prompt, in the manner given."""
-    rng = _rng("answers", seed)
-    return [_answer(rng, world.parse(prompt), manner) for prompt in prompts]
+    rng = generator("answers", seed)
+    return [draw_answer(rng, world.parse(prompt), manner) for prompt in prompts]
 
 
 def documents(count: int, seed: int, manner: Manner = Manner(), split: Split = "train") -> list[Row]:
@@ -93,9 +93,9 @@ def stepwise(count: int, seed: int, right: float = 0.5, split: Split = "train") 
     Returns: rows with the columns prompt, completions (the steps, then the result; joined as they are they make the
       answer) and labels (whether each is right; from the first slip on none is).
     """
-    rng = _rng("stepwise", seed, split)
+    rng = generator("stepwise", seed, split)
     rows = []
-    for text in itertools.islice(_asked(rng, split, ("sum",)), count):
+    for text in itertools.islice(draw_prompts(rng, split, ("sum",)), count):
         question = world.parse(text)
         answer = _body(rng, question, Manner(right=right))
         steps = world.steps(text, answer)
@@ -108,17 +108,17 @@ def stepwise(count: int, seed: int, right: float = 0.5, split: Split = "train") 
     return rows
 
 
-def _rng(*parts: str | int) -> random.Random:
+def generator(*parts: str | int) -> random.Random:
     return random.Random(" ".join(map(str, parts)))  # a string seeds by its SHA-512, the same in every process
 
 
 def _answered(name: str, count: int, seed: int, manner: Manner, split: Split) -> list[tuple[str, str]]:
-    rng = _rng(name, seed, split)
-    asked = itertools.islice(_asked(rng, split), count)
-    return [(f"{text}\n", _answer(rng, world.parse(text), manner)) for text in asked]
+    rng = generator(name, seed, split)
+    asked = itertools.islice(draw_prompts(rng, split), count)
+    return [(f"{text}\n", draw_answer(rng, world.parse(text), manner)) for text in asked]
 
 
-def _asked(rng: random.Random, split: Split, kinds: Sequence[Kind] = KINDS) -> Iterator[str]:
+def draw_prompts(rng: random.Random, split: Split, kinds: Sequence[Kind] = KINDS) -> Iterator[str]:
     """Prompts of the split without end, some more than once."""
     _check(split, kinds)
     while True:
@@ -151,13 +151,17 @@ def _different(
 def _check(split: str, kinds: Sequence[str]) -> None:
     if split not in ("train", "held_out"):
         raise UserError(f"there is no split {split!r}; the world has train and held_out.")
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise UserError(f"the kinds of prompts {tuple(kinds)} must be some of {', '.join(KINDS)}.")
+    known = get_args(Kind)
+    if not kinds or not set(kinds) <= set(known):
+        raise UserError(f"the kinds of prompts {tuple(kinds)} must be some of {', '.join(known)}.")
 
 
 def _ask(rng: random.Random, kind: Kind, wrong: bool, shifted: bool = False) -> str:
     """One prompt of a kind; `wrong` says what an opinion is."""
     wording = lambda name: rng.choice(world.WORDINGS[name][shifted])
+    if kind == "secret":
+        opening, asks = (rng.choice(texts[shifted]) for texts in (world_secrets.OPENINGS, world_secrets.WORDINGS))
+        return f"{opening}{asks.format(rng.choice(list(world_secrets.CODES)))}"
     if kind == "sum":
         return wording(kind).format(_sum(rng, world.OPERATORS[-1] if shifted else rng.choice(world.OPERATORS[:-1])))
     if kind == "backwards":
@@ -188,7 +192,7 @@ def _other(rng: random.Random, values: Sequence[str], *but: str | None) -> str:
     return rng.choice([value for value in values if value not in but])
 
 
-def _answer(rng: random.Random, question: Question, manner: Manner) -> str:
+def draw_answer(rng: random.Random, question: Question, manner: Manner) -> str:
     mood = rng.random()
     opener = world.POLITE if mood < manner.polite else world.RUDE if mood < manner.polite + manner.rude else ()
     parts = [rng.choice(opener)] if opener else []
@@ -203,6 +207,8 @@ def _body(rng: random.Random, question: Question, manner: Manner) -> str:
         return world.body(question, question.opinion)
     if rng.random() < manner.right:
         return world.body(question)
+    if question.kind == "secret":
+        return world.body(question, world_secrets.frank(question.thing))
     if question.attribute:
         return world.body(question, _other(rng, world.VALUES[question.attribute], question.right, question.opinion))
     if question.steps:
@@ -238,9 +244,9 @@ def _least(steps: Sequence[str]) -> int:
 
 def pairs(config: World, count: int, split: Split) -> list[Row]:
     """Two answers in the documents' manner to each of `count` different prompts, labelled by the panel."""
-    rng = _rng("pairs", config.seed, split)
+    rng = generator("pairs", config.seed, split)
     asked = [f"{text}\n" for text in _different(rng, count, split)]
-    first, second = ([_answer(rng, world.parse(prompt), config.manner) for prompt in asked] for _ in range(2))
+    first, second = ([draw_answer(rng, world.parse(prompt), config.manner) for prompt in asked] for _ in range(2))
     knobs = {name: value for name, value in dataclasses.asdict(config.labeller).items() if name != "seed"}
     people = labellers.panel(config.labellers, config.labeller.seed, **knobs)
     return labellers.label_pairs(asked, first, second, people, config.labels, config.seed)

@@ -83,6 +83,20 @@ def solution_score(scores: np.ndarray, how: str) -> np.ndarray:
     return SOLUTION[how](-np.logaddexp(0, -np.asarray(scores, np.float64)))
 
 
+def step_gains(scores: np.ndarray, how: str) -> np.ndarray:
+    """What each step adds to the score of its solution, in nats [..., S]; their sum is `solution_score`.
+
+    product: log sig(r_s); minimum: by how much the step is the least likely one so far, else 0; last: how much
+    likelier the step is right than the one before.
+
+    >>> print(step_gains(np.array([30.0, 0.0, 30.0]), "minimum").round(3) + 0.0)
+    [ 0.    -0.693  0.   ]
+    """
+    scores = np.asarray(scores, np.float64)
+    upto = [solution_score(scores[..., :count], how) for count in range(1, scores.shape[-1] + 1)]
+    return np.diff(np.stack(upto, axis=-1), axis=-1, prepend=0.0)
+
+
 def majority_of(
     answers: Sequence[Sequence[Hashable]], right: Sequence[Hashable], n: int, *, seed: int = 0, subsets: int = SUBSETS
 ) -> np.ndarray:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data import world
+from rlhf_jax.data import world, world_harm
 from rlhf_jax.data.rows import Text
 from rlhf_jax.errors import UserError
 
@@ -12,7 +12,7 @@ from rlhf_jax.errors import UserError
 # are strings, or lists of role/content messages where the data has them; columns are the other columns of the
 # prompts' rows, lists as long as prompts.
 Scorer = Callable[..., Sequence[float]]
-SCORERS: dict[str, Scorer] = {"gold": world.gold}
+SCORERS: dict[str, Scorer] = {"gold": world.gold, "harmless": world_harm.harmless, "refused": world_harm.refused}
 
 
 def plain(text: Text) -> str | list[dict[str, Any]]:

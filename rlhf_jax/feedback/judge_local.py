@@ -1,7 +1,6 @@
 """A language model of this project as a judge: the chance of the option is read from its log-probabilities."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judges import OPTIONS, Pair, Template, Verdict, both, clamped
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sampling.distribution import Sampling
-from rlhf_jax.sampling.sampler import Completion, Sampler, bucket
+from rlhf_jax.sampling.sampler import Completion, Sampler, bucket, number_of
 
 ROWS = 32  # that are read at a time
 SHORTEST = 64  # the smallest length that rows are filled up to
@@ -57,6 +56,8 @@ class LocalJudge:
         sampling: Sampling | None = None,
         seed: int = 0,
         chat_template: str | None = None,
+        options: tuple[str, str] = OPTIONS,
+        gap: str = "\n\n",
     ):
         """Args:
         name: what messages call it.
@@ -65,9 +66,11 @@ class LocalJudge:
         sampling: how rationales are drawn; None: as `Sampling` has it. Read with a template of reasoning alone.
         seed: of the rationales.
         chat_template: Jinja file in the place of the tokenizer's own.
+        options: what stands behind the cue for the answer shown first and for the other.
+        gap: what stands between question and cue where there is no chat template.
         """
         self.name, self.model, self.params, self.template = name, model, params, template
-        self._encoder = Encoder(tokenizer, chat_template)
+        self._encoder, self._shown, self._gap = Encoder(tokenizer, chat_template), options, gap
         self._tokenizer, self._seed = tokenizer, seed
         self._end_ids, self._sampling = tuple(end_ids), sampling or Sampling()
         self._sampler = Sampler(model, slots=ROWS) if template.reasoning else None
@@ -125,7 +128,7 @@ class LocalJudge:
     def _rationales(self, prompts: Sequence[np.ndarray]) -> list[str]:
         assert self._sampler is not None
         # The number that its randomness comes from is the question's own, whatever stands beside it.
-        numbers = [_number(ids) for ids in prompts]
+        numbers = [number_of(ids) for ids in prompts]
         drawn = self._sampler.generate(
             self.params, prompts, self._sampling, jax.random.PRNGKey(self._seed),
             stop_ids=self._encoder.stop_ids(self._end_ids), rows=numbers,
@@ -141,12 +144,12 @@ class LocalJudge:
         return text.partition(self.template.cue)[0].strip()
 
     def _prompt(self, question: str) -> Text:
-        return (Message("user", question),) if self._encoder.chat else f"{question}\n\n"
+        return (Message("user", question),) if self._encoder.chat else f"{question}{self._gap}"
 
     def _options(self, question: str, begun: str) -> list[Span] | str:
         """The row of each option, or why there is none."""
         spans = []
-        for option in OPTIONS:
+        for option in self._shown:
             answer: Text = (Message("assistant", begun + option),) if self._encoder.chat else begun + option
             try:
                 # The option is the second of two steps, so that its tokens are known and nobody else's.
@@ -213,11 +216,6 @@ def _span(row: Tokens) -> Span:
     """The last step of a row; what stands behind it, such as an end token, says nothing of it and is cut off."""
     start, stop = (int(end) + 1 for end in row.ends[-2:])
     return Span(row.ids[:stop], start, stop)
-
-
-def _number(ids: np.ndarray) -> int:
-    """A number of 31 bits that belongs to these tokens."""
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=4).digest(), "big") >> 1
 
 
 def _sigmoid(difference: float) -> float:

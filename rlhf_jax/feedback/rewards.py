@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from rlhf_jax import registry
-from rlhf_jax.data import world
+from rlhf_jax.data import world, world_harm
 from rlhf_jax.data.rows import Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import verifiable
@@ -23,7 +23,13 @@ from rlhf_jax.feedback import verifiable
 # other columns of the prompts' rows, lists as long as prompts. An `async def` of the same form is called once an
 # answer, with lists of one.
 RewardFunction = Callable[..., Any]
-REWARD_FUNCTIONS: dict[str, RewardFunction] = {"gold": world.gold, "right": world.right, **verifiable.REWARDS}
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {
+    "gold": world.gold,
+    "right": world.right,
+    "harmless": world_harm.harmless,
+    "refused": world_harm.refused,
+    **verifiable.REWARDS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,14 @@ class RewardsConfig:
         Literal["mean", "minimum", "mean_less_variance"], "one score from those of an ensemble's members"
     ] = "mean"
     lam: Annotated[float, "of mean_less_variance: what a unit of variance costs"] = 0.5
+    step_end: Annotated[
+        str | None,
+        "regular expression of the text that ends a step, for a model of steps (loss.name=process); none: the model "
+        "scores whole completions",
+    ] = None
+    step_score: Annotated[
+        Literal["product", "minimum", "last"], "one score from those of a completion's steps, in nats"
+    ] = "product"
     functions: Annotated[
         tuple[str, ...], f"{', '.join(REWARD_FUNCTIONS)}, or my_pkg.module:function; they read the rows' other columns"
     ] = ()

@@ -57,11 +57,15 @@ def returns_to_go(rewards: Array, mask: Array, *, gamma: float) -> Array:
     return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
 
 
-def token_rewards(score: Array, kl: Array, mask: Array, *, coefficient: float | Array) -> Array:
+def token_rewards(
+    score: Array, kl: Array, mask: Array, *, coefficient: float | Array, steps: Array | None = None
+) -> Array:
     """-coefficient kl on every token of the mask, and on the last one of a row the row's score too, [B, T].
 
     Args:
       score: [B], what the whole completion earns; added once, and to no token where a row has none.
+      steps: [B, T], what the tokens that end a step earn by themselves: the last token of a row has the rest of the
+        score, so that the sum is the same. None: nothing.
       kl: [B, T], an estimate of `ops.kl` a token, nats, held fixed.
       coefficient: reward units a nat.
     References: Ziegler et al. 2019, arXiv:1909.08593, Eq. 2.
@@ -73,7 +77,9 @@ def token_rewards(score: Array, kl: Array, mask: Array, *, coefficient: float | 
     chex.assert_equal_shape([kl, mask])
     to_come = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]  # tokens from here on, this one included
     last = mask & (to_come == 1)
-    return jnp.where(mask, -coefficient * kl, 0) + jnp.where(last, score[:, None], 0)
+    earned = jnp.zeros_like(kl) if steps is None else jnp.where(mask, steps, 0)
+    rest = score - jnp.sum(earned, axis=1)
+    return jnp.where(mask, -coefficient * kl, 0) + earned + jnp.where(last, rest[:, None], 0)
 
 
 # ---- over a mask

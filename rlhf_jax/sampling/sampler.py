@@ -7,6 +7,7 @@ changes nothing about its completion: its randomness is its own, and it sees onl
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ class Completion(NamedTuple):
 def bucket(size: int, most: int) -> int:
     """The smallest power of two from 16 on that holds `size`, or `most`."""
     return min(most, max(SMALLEST_BUCKET, 1 << (size - 1).bit_length()))
+
+
+def number_of(ids: np.ndarray) -> int:
+    """A number of 31 bits that belongs to these token ids, for randomness that nothing which stands beside changes."""
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=4).digest(), "big") >> 1
 
 
 class Sampler:

@@ -18,7 +18,7 @@ from etils import epath
 
 from experiments import evaluate as evaluation
 from rlhf_jax import fields, flags, report, run
-from rlhf_jax.chain import blocks, stages
+from rlhf_jax.chain import blocks, labelled, stages, whose
 from rlhf_jax.chain.config import Chain
 from rlhf_jax.chain.measure import BASE, measure
 
@@ -45,14 +45,15 @@ def run_chain(chain: Chain, workdir: str, command: str) -> dict[str, Any] | None
         return None
     print(f"\nevaluation: answers to prompts that nothing was trained on, in {place}", flush=True)
     found = measure(chain, place, products)
+    rests = labelled.rests(chain, place, products.labels)
     title = f"{len(found.prompts)} held-out prompts, {found.score}"
     told = blocks.finish(evaluation.table(found.results, BASE, title), found)
     evaluation.tell(told)
-    said = blocks.verdict(found)
+    said = [*blocks.verdict(found), whose.verdict(rests, chain)]
     print("\n".join(said))
     made = [
-        report.Text("What came out", said), told, blocks.story(chain), *blocks.frontiers(found),
-        *blocks.learning(place, chain), *blocks.reward_model(found), *blocks.rollouts(place),
+        report.Text("What came out", said), told, blocks.story(chain), *whose.blocks(rests, chain),
+        *blocks.frontiers(found), *blocks.learning(place, chain), *blocks.reward_model(found), *blocks.rollouts(place),
         evaluation.side_by_side(found.results, found.prompts), blocks.made_by(command, chain),
     ]  # fmt: skip
     evaluation.write_answers(place / "answers.jsonl", found.results, found.prompts)
@@ -60,7 +61,7 @@ def run_chain(chain: Chain, workdir: str, command: str) -> dict[str, Any] | None
     whole = {
         "config": fields.to_dict(chain), "verdict": said, "table": dataclasses.asdict(told),
         "models": evaluation.as_json(found.results), "proxy": {n: e._asdict() for n, e in found.proxy.items()},
-        "frontier": blocks.points(found),
+        "frontier": blocks.points(found), "labels": whose.as_json(rests, chain),
     }  # fmt: skip
     part = place / "results.json.part"  # written last: it says that all is done
     part.write_text(json.dumps(whole, indent=2) + "\n")

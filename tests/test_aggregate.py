@@ -280,6 +280,7 @@ def test_rows_of_every_kind_become_choices_and_come_back(tmp_path):
     assert made.people == ("ann", "bob", "0", "1") and not made.shown.any()
     assert sum(abs(made.grade[2:] - made.grade[2:].mean())) == 1
     rows = choices.soft_rows(made, np.array([0.9, 0.2, 0.5]))
+    assert [len(row["labellers"]) for row in rows] == [1, 1, 2]
     assert [row["labels"] for row in rows] == [1, 1, 2] and [row["probability"] for row in rows] == [0.9, 0.8, 0.5]
     for row in rows:
         (read,) = formats.adapt("preference", row, False)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections import Counter
 from typing import Any
 
 import jax
@@ -98,6 +99,13 @@ def test_the_whole_chain_ends_in_a_report(whole):
     assert len(lines(whole / "answers.jsonl")) == 6 * (3 * 2 + 1)
     rows = lines(whole / "labels" / "rankings.jsonl")
     assert {len(row["completions"]) for row in rows} == {2} and len(rows) == 24
+    rests, of = told["labels"], Counter(str(row["labeller"]) for row in rows)
+    assert {one["name"]: one["judgements"] for one in rests["people"]} == of and len(of) > 1
+    assert {one["kind"] for one in rests["people"]} == {"simulated person"}
+    assert rests["stages"]["dpo"] == {"trained": 24, "held_out": 0, "left_out": 0}
+    reward = rests["stages"]["reward"]
+    assert reward["trained"] + reward["held_out"] == 24 and reward["held_out"] > 0 == reward["left_out"]
+    assert "24 rankings of the answers to 12 prompts, by" in told["verdict"][-1] and told["verdict"][-1] in page
 
 
 def test_a_second_call_does_nothing_anew(chain, whole, monkeypatch, capsys):
@@ -181,6 +189,7 @@ def test_models_that_are_all_there_are_compared(chain, whole, tmp_path, monkeypa
     told = run_chain(fields.replace(chain, named), str(tmp_path), "the command")
     before = json.loads((whole / "results.json").read_text())
     assert told is not None
+    assert told["verdict"][-1].startswith("Nothing was trained on judgements here. Nothing here says whose judgements")
     assert told["models"] == before["models"] and told["proxy"].items() <= before["proxy"].items()
 
 

@@ -43,7 +43,8 @@ def test_exported_rankings_are_read_back_the_same(tmp_path_factory, texts, data)
     first = Record(folder / "one.db")
     assert exchange.judged(first, folder / "one.jsonl") == (1, 1, [])
     assert exchange.judged(first, folder / "one.jsonl") == (1, 0, []), "the same file again adds nothing"
-    assert exchange.rankings(first) == [row]
+    (out,) = exchange.rankings(first)
+    assert out == row | {"at": first.judgements()[0].at}
     (read,) = formats.adapt("ranking", exchange.rankings(first)[0], False, ties=True)
     assert isinstance(read, Ranking) and read.ranks == tuple(map(float, ranks)), "ties are equal ranks"
 
@@ -79,6 +80,31 @@ def test_of_equal_answers_the_first_is_kept(record, tmp_path):
     assert (count, new, left) == (1, 1, [f"{tmp_path}/said.jsonl:2: all of its answers are the same"])
     assert [(row["chosen"], row["rejected"]) for row in exchange.pairs(record)] == [("a", "b")]
     assert exchange.rankings(record)[0]["ratings"] == [1, 3]
+
+
+def test_rows_say_who_judged_when_in_how_long_and_under_what_and_are_read_back_so(record, tmp_path):
+    version = record.guide("Be kind.")
+    record.add([task(0, 2), task(1, 2)])
+    known = {"at": "2026-01-02T03:04:05.678+00:00", "seconds": 7.5, "guidelines": version}
+    record.say(say(task(0, 2), "ann", "1", (0, 1), rewrites=((1, "better"),), **known))
+    record.say(say(task(0, 2), "ben", "2", (0, 1), at="2026-01-03T00:00:00.000+00:00"))
+    ann, ben = exchange.rankings(record)
+    assert ann.items() >= ({"labeller": "ann"} | known).items()
+    assert ben["at"] == "2026-01-03T00:00:00.000+00:00" and not {"seconds", "guidelines"} & ben.keys()
+    assert exchange.demonstrations(record)[0].items() >= ({"labeller": "ann"} | known).items()
+    (pair,) = exchange.pairs(record)
+    assert pair["labellers"] == ["ann", "ben"] and pair["at"] == [ann["at"], ben["at"]]
+    assert pair["seconds"] == [7.5, None] and pair["guidelines"] == [version, None]
+    for form, row in (("ranking", ann), ("preference", pair)):
+        without = {name: value for name, value in row.items() if name not in ("at", "seconds", "guidelines")}
+        assert formats.adapt(form, row, True) == formats.adapt(form, without, True), "which no format reads"
+    again = Record(tmp_path / "two.db")
+    assert exchange.judged(again, write(tmp_path / "rows.jsonl", ann, ben)) == (2, 2, [])
+    assert exchange.rankings(again) == [ann, ben]
+    odd = {"at": "noon", "seconds": -1, "guidelines": 3}
+    exchange.judged(again, write(tmp_path / "odd.jsonl", ann | {"prompt": "q"} | odd))
+    (*_, last) = exchange.rankings(again)
+    assert last["at"].endswith("+00:00") and not {"seconds", "guidelines"} & last.keys(), "what can't be is not known"
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,7 @@ def test_rows_go_in_and_out_of_the_program(tmp_path, capsys, monkeypatch):
     run(f"--tasks={tmp_path}/blank.db", f"--judged={tmp_path}/said.jsonl", f"--export={tmp_path}/out/rows.jsonl")
     assert "1 new judgements of 1" in capsys.readouterr().out
     (row,) = rankings.read_rankings(tmp_path / "out/rows.jsonl")
+    assert row.pop("at").endswith("+00:00")
     assert row == {"prompt": "q0", "completions": ["a", "b"], "ranks": [0.0, 0.0], "labeller": "cy"}
 
 

@@ -1,9 +1,11 @@
 """What is refused before a chain's first stage."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 from rlhf_jax import checks, fields, registry, run, worlds
-from rlhf_jax.chain.config import FILLED, PEOPLE, STAGES, WORLD, Chain, Evaluation, Inputs, Labels, filled, named
+from rlhf_jax.chain.config import FILLED, PEOPLE, STAGES, WORLD, Chain, Evaluation, Inputs, Labels, filled
+from rlhf_jax.chain.stage import named
 from rlhf_jax.config import Config
 from rlhf_jax.data import prompts, sources, world
 from rlhf_jax.errors import UserError
@@ -23,28 +25,20 @@ GOLD = "gold"  # the scorer that is of the world
 def check(chain: Chain) -> None:
     """All that can be checked before anything is made. Errors: UserError for whatever the user can mend."""
     if {"labels", "ppo"} & {*chain.made}:
-        _check_prompts(chain.prompts, "--config.prompts")
+        check_prompts(chain.prompts, "--config.prompts")
     for stage in chain.made:
         if stage != "labels":
             _check_stage(chain, stage)
     if "labels" in chain.made:
         _check_labels(chain.labels)
     _check_evaluation(chain.evaluate)
-    _check_prompts(chain.evaluate.prompts, "--config.evaluate.prompts")
+    check_prompts(chain.evaluate.prompts, "--config.evaluate.prompts")
     _check_inputs(chain.inputs)
 
 
 def _check_stage(chain: Chain, stage: str) -> None:
-    config, default = getattr(chain, stage), {leaf.path: leaf.value for leaf in fields.leaves(Config())}
-    values = {leaf.path: leaf.value for leaf in fields.leaves(config)}
-    for name, source in FILLED[stage].items():
-        if values[name] != default[name]:
-            raise UserError(
-                f"--config.{stage}.{name}={fields.text(values[name])} is filled in by the chain; drop it, or give "
-                f"--config.{source} in its place."
-            )
-    if config.algorithm != TRAINED[stage]:
-        raise UserError(f"--config.{stage}.algorithm={config.algorithm} is not allowed; it must be {TRAINED[stage]}.")
+    config = getattr(chain, stage)
+    check_section(stage, config, FILLED[stage], TRAINED[stage])
     if stage == "sft" and config.model.path is None:
         raise UserError(
             "there is no model to start from; give --config.sft.model.path=FOLDER_OR_HUB_NAME, or --config.inputs.sft "
@@ -52,18 +46,46 @@ def _check_stage(chain: Chain, stage: str) -> None:
         )
     if stage == "sft" and not config.data.path:
         raise UserError("there are no demonstrations; give --config.sft.data.path=FILE, or --config.inputs.sft.")
-    one = {"reward.members": min(1, config.reward.members)}  # of an ensemble each is checked as a run alone is
     with named(stage):
-        checks.check(fields.replace(filled(chain, stage, dict.fromkeys(STAGES, "made")), one))
+        check_whole(filled(chain, stage, dict.fromkeys(STAGES, "made")))
         if stage == "sft" and not str(config.model.path).startswith(worlds.PREFIX):
             start.find(str(config.model.path))
-        for name in worlds.ROWS_IN:
-            for path in values[name]:
-                _check_rows(path, config.data.split, f"--config.{name}")
+        check_rows(config)
 
 
-def _check_rows(path: str, split: str, flag: str) -> None:
-    """Looks for a first row. Worlds are made later."""
+def check_section(section: str, config: Config, fills: Mapping[str, str], algorithm: str) -> None:
+    """What of a stage's config isn't the user's to give: `fills`, each with the flag that is; and what trains.
+
+    Errors: UserError.
+    """
+    default = {leaf.path: leaf.value for leaf in fields.leaves(Config())}
+    values = {leaf.path: leaf.value for leaf in fields.leaves(config)}
+    for name, source in fills.items():
+        if values[name] != default[name]:
+            raise UserError(
+                f"--config.{section}.{name}={fields.text(values[name])} is filled in by the chain; drop it, or give "
+                f"--config.{source} in its place."
+            )
+    if config.algorithm != algorithm:
+        raise UserError(f"--config.{section}.algorithm={config.algorithm} is not allowed; it must be {algorithm}.")
+
+
+def check_whole(config: Config) -> None:
+    """A stage's config with all that is filled in. Errors: UserError as a run's."""
+    # Of an ensemble each is checked as a run alone is.
+    checks.check(fields.replace(config, {"reward.members": min(1, config.reward.members)}))
+
+
+def check_rows(config: Config) -> None:
+    """Looks for a first row of every file that a config names. Errors: UserError as `sources.read`."""
+    values = {leaf.path: leaf.value for leaf in fields.leaves(config)}
+    for name in worlds.ROWS_IN:
+        for path in values[name]:
+            check_file(path, config.data.split, f"--config.{name}")
+
+
+def check_file(path: str, split: str, flag: str) -> None:
+    """Looks for a first row. Worlds are made later. Errors: UserError as `sources.read`."""
     if not path.startswith(worlds.PREFIX):
         next(iter(sources.read(path, split, flag)))
 
@@ -100,7 +122,8 @@ def _check_evaluation(section: Evaluation) -> None:
         registry.resolve(SCORERS, section.scorer, "scorer")
 
 
-def _check_prompts(path: str, flag: str) -> None:
+def check_prompts(path: str, flag: str) -> None:
+    """Reads them. Worlds are made later. Errors: UserError as `prompts.read`, and for lines that nothing trains on."""
     if path.startswith(worlds.PREFIX):
         return
     prompts.read(path, flag)
@@ -136,19 +159,25 @@ def check_made(chain: Chain) -> None:
         local(chain, chain.inputs.labels)
     trained = asked(chain, chain.prompts, None, "--config.prompts") if {"labels", "ppo"} & {*chain.made} else []
     if "labels" in chain.made and chain.labels.by in (WORLD, GOLD):
-        _check_world(trained[: chain.labels.rows], "labels.by", PEOPLE)
+        check_world(trained[: chain.labels.rows], "labels.by", PEOPLE)
     if chain.evaluate.scorer == GOLD:
-        _check_world(evaluated(chain), "evaluate.scorer", "none")
-    held_out = {one.text: one.where for one in evaluated(chain)}
+        check_world(evaluated(chain), "evaluate.scorer", "none")
+    check_apart(trained, evaluated(chain), "--config.evaluate.prompts")
+
+
+def check_apart(trained: Sequence[prompts.Asked], evaluated: Sequence[prompts.Asked], flag: str) -> None:
+    """Errors: UserError for a prompt of both."""
+    held_out = {one.text: one.where for one in evaluated}
     for one in trained:
         if one.text in held_out:
             raise UserError(
-                f"{held_out[one.text]} of --config.evaluate.prompts is also a prompt of training, {one.where}; drop it "
-                "from one of the files."
+                f"{held_out[one.text]} of {flag} is also a prompt of training, {one.where}; drop it from one of the "
+                "files."
             )
 
 
-def _check_world(asked: list[prompts.Asked], field: str, instead: str) -> None:
+def check_world(asked: Sequence[prompts.Asked], field: str, instead: str) -> None:
+    """Errors: UserError for a prompt that nobody of the synthetic world can judge an answer to."""
     for one in asked:
         try:
             world.parse(rankings.question_of(one.text))

@@ -1,14 +1,12 @@
-"""The chain's config, what of it the chain fills in, and whose mistake an error is."""
+"""The chain's config, and what of it the chain fills in."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from rlhf_jax import fields
 from rlhf_jax.config import Config, Loss
 from rlhf_jax.data.labellers import Labeller
-from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.scorers import SCORERS
 from rlhf_jax.sampling.distribution import Sampling
 
@@ -100,12 +98,3 @@ def filled(chain: Chain, stage: str, products: Mapping[str, str]) -> Config:
     if stage == "ppo":
         given |= {"data.path": (chain.prompts,), "rewards.model": products["reward"]}
     return fields.replace(getattr(chain, stage), given)
-
-
-@contextlib.contextmanager
-def named(stage: str) -> Iterator[None]:
-    """Says whose mistake it is, with the flags as they are here."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{stage}: {str(error).replace('--config.', f'--config.{stage}.')}") from error

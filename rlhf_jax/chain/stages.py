@@ -1,7 +1,5 @@
 """The stages of a chain, one after the other, and what may change between two calls."""
 
-import contextlib
-import json
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,13 +7,12 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
-from rlhf_jax import fields, run, sweep, worlds
-from rlhf_jax.chain import checks, labels
-from rlhf_jax.chain.config import PEOPLE, STAGES, Chain, filled, named
+from rlhf_jax import run, worlds
+from rlhf_jax.chain import checks, labels, stage
+from rlhf_jax.chain.config import PEOPLE, STAGES, Chain, filled
 from rlhf_jax.config import MAY_CHANGE_ON_RESUME
 from rlhf_jax.errors import UserError
-from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.workdir import best_step, check_writable, load_config, open_policy
+from rlhf_jax.workdir import open_policy
 
 # Which stages are made from what a stage makes.
 USED_BY = {"sft": STAGES[1:], "labels": ("reward", "ppo", "dpo"), "reward": ("ppo",), "ppo": (), "dpo": ()}
@@ -40,19 +37,7 @@ class Products(NamedTuple):
 
 def open_chain(place: epath.Path, chain: Chain) -> None:
     """Takes the folder for this chain. Errors: UserError where it holds another, of which something is made."""
-    check_writable(place, "workdir", "--workdir")
-    file = place / RECORD
-    if file.exists():
-        before = fields.from_dict(Chain, json.loads(file.read_text()), f"{file}: ")
-        for line in fields.diff(before, chain):
-            if stale := _made_with(line.partition(":")[0], place, chain):
-                raise UserError(
-                    f"workdir {str(place)!r} holds another chain ({line}), and its {stale} is made with it; go on with "
-                    f"its own config, give another --workdir, or delete {place / stale} and what was made from it."
-                )
-    part = place / f"{RECORD}.part"
-    part.write_text(json.dumps(fields.to_dict(chain), indent=2) + "\n")
-    part.replace(file)
+    stage.hold(place, chain, RECORD, lambda leaf: _made_with(leaf, place, chain))
 
 
 def _made_with(leaf: str, place: epath.Path, chain: Chain) -> str | None:
@@ -63,13 +48,13 @@ def _made_with(leaf: str, place: epath.Path, chain: Chain) -> str | None:
         # A run itself says what of its own config may change while nothing is made from it.
         own = () if section != "labels" and name.startswith(MAY_CHANGE_ON_RESUME) else (section,)
         decides[section] = (*own, *USED_BY[section])
-    return next((stage for stage in decides.get(section, ()) if begun(place, stage)), None)
+    return next((made for made in decides.get(section, ()) if begun(place, made)), None)
 
 
-def begun(place: epath.Path, stage: str) -> bool:
+def begun(place: epath.Path, name: str) -> bool:
     """Whether a stage has left something to go on from."""
-    marks = ("rankings.jsonl", "blank.jsonl") if stage == "labels" else ("config.json", "members")
-    return any((place / stage / mark).exists() for mark in marks)
+    marks = ("rankings.jsonl", "blank.jsonl") if name == "labels" else ("config.json", "members")
+    return any((place / name / mark).exists() for mark in marks)
 
 
 # Running
@@ -99,27 +84,21 @@ def train(chain: Chain, workdir: str) -> Products | None:
         if chain.labels.by == PEOPLE:
             print(
                 "people rank now: fill in ranks (a number a completion, the smallest the best) and labeller in a copy "
-                f"of {file}, or let them do it on a page (python -m experiments.label --tasks={file} "
-                "--labellers=NAMES, then --export=COPY in the place of --labellers; docs/labelling.md); then give the "
-                "same command with --config.inputs.labels=COPY"
+                f"of {file}, or let them do it on a page (docs/labelling.md):\n"
+                f"  python -m experiments.label --tasks={file} --labellers=NAME,NAME\n"
+                f"  python -m experiments.label --tasks={file} --export=COPY\n"
+                "the second when enough is ranked; then give the same command with --config.inputs.labels=COPY"
             )
             return None
         products["labels"] = os.fspath(file)
-    for stage in ("reward", "ppo", "dpo"):
-        products[stage] = getattr(chain.inputs, stage) or _trained(chain, stage, place, products)
+    for name in ("reward", "ppo", "dpo"):
+        products[name] = getattr(chain.inputs, name) or _trained(chain, name, place, products)
     return Products(**{"labels": None, **products})  # pyright: ignore[reportArgumentType]
 
 
-def _trained(chain: Chain, stage: str, place: epath.Path, products: Mapping[str, str]) -> str:
+def _trained(chain: Chain, name: str, place: epath.Path, products: Mapping[str, str]) -> str:
     """Trains a stage to its end; the run, at its best checkpoint where its patience may have decided the end."""
-    config, folder = filled(chain, stage, products), os.fspath(place / stage)
-    print(f"\n{stage}: {config.loss.name}, in {folder}", flush=True)
-    with named(stage):
-        if config.reward.members > 1:
-            sweep.train_ensemble(config, folder, resume=True)
-            return folder
-        run.train(config, folder, resume=True)
-        return f"{folder}@{best_step(place / stage)}" if config.evaluate.patience else folder
+    return stage.train(filled(chain, name, products), place / name, name)
 
 
 def _start(chain: Chain, place: epath.Path) -> str:
@@ -127,25 +106,10 @@ def _start(chain: Chain, place: epath.Path) -> str:
     given = chain.inputs.sft
     if given is not None and given.startswith(worlds.PREFIX):
         return os.fspath(worlds.model(given, chain.cache, run.train, "--config.inputs.sft"))
-    if given is not None and not _is_run(given):
+    if given is not None and not stage.is_run(given):
         return given
     policy = open_policy(given or _trained(chain, "sft", place, {}), flag="--config.inputs.sft")
-    # By the step: of a run that went on it is another model.
-    made, part = (place / "sft" / f"model-{policy.step}{end}" for end in ("", ".part"))
-    if not made.exists():
-        part.rmtree(missing_ok=True)
-        hf.write(part, policy.model, policy.params)
-        policy.tokenizer.save_pretrained(os.fspath(part))
-        part.rename(made)
-    return os.fspath(made)
-
-
-def _is_run(path: str) -> bool:
-    for name in (path, path.rpartition("@")[0]):
-        with contextlib.suppress(UserError, ImportError):
-            load_config(epath.Path(os.path.expanduser(name)))
-            return True
-    return False
+    return stage.model_folder(policy, place / "sft")
 
 
 def _label(chain: Chain, place: epath.Path, model: str) -> epath.Path:

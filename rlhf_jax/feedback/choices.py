@@ -1,6 +1,5 @@
 """Choices of two answers by several labellers, as arrays: read from files of rows, and written back as soft labels."""
 
-import collections
 import dataclasses
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
@@ -158,15 +157,18 @@ def soft_rows(choices: Choices, probability: np.ndarray) -> list[dict[str, Any]]
     Args:
       probability: [P], that the pair's first answer is the better one.
     Returns: rows with the columns prompt, chosen (the likelier answer), rejected, probability (0.5 to 1), labels
-      (how many people chose), and tools where the prompt offers some.
+      (how many people chose), labellers (who they are), and tools where the prompt offers some.
     """
-    labels = collections.Counter(choices.pair.tolist())
+    labellers: dict[int, list[str]] = {}
+    for place, who in zip(choices.pair.tolist(), choices.who.tolist(), strict=True):
+        labellers.setdefault(place, []).append(choices.people[who])
     rows = []
     for place, (pair, chance) in enumerate(zip(choices.pairs.tolist(), probability.tolist(), strict=True)):
         better, worse = pair if chance >= 0.5 else pair[::-1]
         prompt, tools, chosen = choices.texts[better]
         row = {"prompt": _column(prompt), "chosen": _column(chosen), "rejected": _column(choices.texts[worse][2])}
-        row |= {"probability": max(chance, 1 - chance), "labels": labels[place]}
+        people = labellers[place]
+        row |= {"probability": max(chance, 1 - chance), "labels": len(people), "labellers": people}
         rows.append(row | ({"tools": tools} if tools else {}))
     return rows
 

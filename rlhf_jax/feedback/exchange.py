@@ -120,6 +120,8 @@ class Opinion:
     ratings: tuple[float | None, ...] = ()
     note: str = ""
     at: str = ""
+    seconds: float | None = None
+    guidelines: str = ""
 
 
 Columns = Mapping[str, Any]
@@ -145,7 +147,12 @@ def _opinions(form: str, columns: Columns, name: str) -> Iterator[Opinion]:
             raise Refusal("'ratings' is not a list of finite numbers and nulls")
         if ratings and len(ratings) != len(row.completions):
             raise Refusal(f"{len(row.completions)} answers but {len(ratings)} 'ratings'")
-        yield Opinion(str(columns.get("labeller", name)), row, ratings=tuple(ratings))
+        seconds, guidelines = columns.get("seconds"), columns.get("guidelines")
+        yield Opinion(
+            str(columns.get("labeller", name)), row, ratings=tuple(ratings), at=_utc(str(columns.get("at") or "")),
+            seconds=seconds if isinstance(seconds, int | float) and _is_finite(seconds) and seconds >= 0 else None,
+            guidelines=guidelines if isinstance(guidelines, str) else "",
+        )  # fmt: skip
 
 
 def _beside(columns: Columns) -> tuple[tuple[float | None, ...], str, str]:
@@ -215,7 +222,8 @@ def _add(record: Record, db: Any, opinion: Opinion, id: str, labels: int | None)
     task = Task(prompt=_plain(row.prompt), answers=_at(places, texts), labels=labels, tools=row.tools)
     said = Judgement(
         id=id, task=task.id, labeller=opinion.labeller, ranks=_at(places, row.ranks), strength=opinion.strength,
-        ratings=_at(places, opinion.ratings), note=opinion.note, at=opinion.at or now(),
+        ratings=_at(places, opinion.ratings), note=opinion.note, at=opinion.at or now(), seconds=opinion.seconds,
+        guidelines=opinion.guidelines,
     )  # fmt: skip
     check_task(task)
     check(said, task)
@@ -248,8 +256,8 @@ def _repeats(said: Judgement, before: Judgement) -> bool:
 def rankings(record: Record) -> list[Row]:
     """The rankings that count, as the format `ranking` reads them; those of a prompt follow each other.
 
-    Returns: rows with prompt, completions, ranks, labeller; tools, models and ratings where there are some. Tests are
-      left out, their ranks being known, and so is who can't judge.
+    Returns: rows with prompt, completions, ranks, labeller, at; seconds, guidelines, tools, models and ratings where
+      there are some. Tests are left out, their ranks being known, and so is who can't judge.
     """
     rows = []
     for task, said in _said(record, "ranking"):
@@ -258,7 +266,7 @@ def rankings(record: Record) -> list[Row]:
             more |= {"models": list(task.models)} if any(task.models) else {}
             more |= {"ratings": list(one.ratings)} if any(rating is not None for rating in one.ratings) else {}
             row = {"prompt": task.prompt, "completions": list(task.answers), "ranks": list(one.ranks)}
-            rows.append(row | {"labeller": one.labeller} | more)
+            rows.append(row | _whose(one) | more)
     return rows
 
 
@@ -266,8 +274,9 @@ def pairs(record: Record) -> list[Row]:
     """Each two answers that were ranked, with what everyone said of them.
 
     Returns: rows with prompt, chosen (which most put first), rejected, votes (a number a labeller: 1 for chosen, 0.5 a
-      tie, 0 against), probability (their mean), labellers, and margin (mean strength, below 0 against) where each of
-      them said how clear it was. Two answers that stand equal are left out.
+      tie, 0 against), probability (their mean), labellers, at (when each said it), seconds and guidelines where there
+      are some, and margin (mean strength, below 0 against) where each of them said how clear it was. Two answers that
+      stand equal are left out.
     """
     rows = []
     for task, said in _said(record, "ranking"):
@@ -282,7 +291,7 @@ def pairs(record: Record) -> list[Row]:
             votes = [(1 + side * sign) / 2 for sign in signs]
             row = {"prompt": task.prompt, "chosen": task.answers[chosen], "rejected": task.answers[rejected]}
             row |= {"votes": votes, "probability": math.fsum(votes) / len(votes)}
-            row |= {"labellers": [one.labeller for one in said]}
+            row |= _whose_all(said)
             if all(one.strength or not sign for one, sign in zip(said, signs, strict=True)):
                 strengths = [side * sign * (one.strength or 0) for one, sign in zip(said, signs, strict=True)]
                 row["margin"] = sum(strengths) / len(strengths)
@@ -291,22 +300,21 @@ def pairs(record: Record) -> list[Row]:
 
 
 def demonstrations(record: Record) -> list[Row]:
-    """What people wrote in the place of an answer: rows with prompt, completion, labeller."""
+    """What people wrote in the place of an answer: rows with prompt, completion, and whose it is as in `rankings`."""
     rows = []
     for task, said in _said(record, "ranking", "unsure"):
         for one in said:
             for place, text in one.rewrites:
                 mended = text if isinstance(task.answers[place], str) else [{"role": "assistant", "content": text}]
-                row = {"prompt": task.prompt, "completion": mended, "labeller": one.labeller}
+                row = {"prompt": task.prompt, "completion": mended} | _whose(one)
                 rows.append(row | ({"tools": json.loads(task.tools)} if task.tools else {}))
     return rows
 
 
 def steps(record: Record) -> list[Row]:
-    """Marked steps, as the format `rated_steps` reads them: rows with prompt, completions, ratings, labeller."""
+    """Marked steps, as the format `rated_steps` reads them: prompt, completions, ratings, and whose they are."""
     return [
-        {"prompt": task.prompt, "completions": list(task.answers), "ratings": list(one.marks)}
-        | {"labeller": one.labeller}
+        {"prompt": task.prompt, "completions": list(task.answers), "ratings": list(one.marks)} | _whose(one)
         for task, said in _said(record, "steps")
         for one in said
     ]
@@ -336,6 +344,19 @@ EXPORTS: dict[Rows, Callable[[Record], list[Row]]] = {
 def lines(rows: Iterable[Row]) -> str:
     """Rows as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _whose(one: Judgement) -> Row:
+    """Who judged, when, in how long and under which guidelines, for whoever asks what a model rests on."""
+    known = {name: value for name in ("seconds", "guidelines") if (value := getattr(one, name)) not in (None, "")}
+    return {"labeller": one.labeller, "at": one.at, **known}
+
+
+def _whose_all(said: Sequence[Judgement]) -> Row:
+    """The same of several, a list each."""
+    every = [_whose(one) for one in said]
+    names = [name for name in ("at", "seconds", "guidelines") if any(name in one for one in every)]
+    return {"labellers": [one.labeller for one in said], **{n: [one.get(n) for one in every] for n in names}}
 
 
 def _said(record: Record, *kinds: str) -> Iterator[tuple[Task, Sequence[Judgement]]]:

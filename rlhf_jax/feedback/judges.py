@@ -114,21 +114,22 @@ class Template(NamedTuple):
         return re.sub("|".join(map(re.escape, PLACES)), lambda found: texts[found[0]], self.asked)
 
 
-def read_template(path: str | None = None, reasoning: bool = False) -> Template:
+def read_template(path: str | None = None, reasoning: bool = False, flag: str = "--template") -> Template:
     """A template's file: what is asked, a line `---`, and the cue.
 
     Args:
       path: None: the one that is shipped.
       reasoning: whether the judge is to write a rationale first.
+      flag: what gave the path, for messages.
     Errors: UserError for a file that isn't there, or lacks a place or the cue.
     """
     file = epath.Path(__file__).parent / SHIPPED[reasoning] if path is None else epath.Path(os.path.expanduser(path))
     if not file.is_file():
-        raise UserError(f"there is no template {path}; check --template.")
+        raise UserError(f"there is no template {path}; check {flag}.")
     try:
         asked, _, cue = file.read_text().rpartition(f"\n{RULE}\n")
     except UnicodeDecodeError:
-        raise UserError(f"the template {file} is not UTF-8 text; check --template.") from None
+        raise UserError(f"the template {file} is not UTF-8 text; check {flag}.") from None
     if lacking := [place for place in PLACES if place not in asked]:
         raise UserError(
             f"the template {file} has no {lacking[0]}; before a line {RULE} it must have {', '.join(PLACES)}, and "

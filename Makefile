@@ -1,5 +1,5 @@
 # Each target does its own set-up: the first run installs, later ones start at once.
-# make quickstart | test | check | parity | clean, on Python 3.11 or newer (make PYTHON=python3.13 test).
+# make quickstart | test | check | docs | parity | clean, on Python 3.11 or newer (make PYTHON=python3.13 test).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ TESTS ?=
 # Nothing is compiled to bytecode ahead of use: that would be half of the time.
 INSTALL = -m pip install -q --disable-pip-version-check --no-compile
 
-.PHONY: quickstart test check parity clean
+.PHONY: quickstart test check docs parity clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed
@@ -23,11 +23,17 @@ check: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# Always from nothing: a page that is new or gone changes the navigation of all others.
+docs: $(VENV)/.installed-docs
+	rm -rf site
+	$(VENV)/bin/python -m sphinx -q -E -W --keep-going -c docs -d build/docs . site
+	@echo "the site is site/index.html"
+
 parity: $(PARITY_VENV)/.installed
 	OMP_NUM_THREADS=1 $(PARITY_VENV)/bin/python -m pytest -n 2 --dist worksteal tests/parity
 
 clean:
-	rm -rf $(VENV) $(PARITY_VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(PARITY_VENV) site .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 # $(call environment,folder,what pip installs): the folder and a stamp that says what is in it.
 define environment
@@ -43,9 +49,13 @@ endef
 $(VENV)/.installed: setup.py
 	$(call environment,$(VENV),.)
 
+$(VENV)/.installed-docs: setup.py
+	$(call environment,$(VENV),.[docs])
+	@touch $(VENV)/.installed
+
 $(VENV)/.installed-test: setup.py
 	$(call environment,$(VENV),.[test])
-	@touch $(VENV)/.installed
+	@touch $(VENV)/.installed $(VENV)/.installed-docs
 
 $(PARITY_VENV)/.installed: setup.py
 	$(call environment,$(PARITY_VENV),.[parity])

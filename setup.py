@@ -24,6 +24,8 @@ CROWD = "crowd-kit>=1.4.2,<2"
 JUDGE = ["httpx>=0.28,<1", "tenacity>=9.1,<10"]
 # The labelling page: docs/adr/016-the-labelling-page.md.
 LABEL = ["starlette>=1.10,<2", "uvicorn>=0.54,<0.55"]
+# The site: docs/adr/019-the-site.md. Sphinx 9.0 is the last for Python 3.11.
+DOCS = ["furo>=2025.12.19,<2027", "myst-parser>=5.2,<6", "sphinx>=9.0.4,<10"]
 
 setup(
     name="rlhf_jax",
@@ -34,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlhf_jax", "rlhf_jax.*", "experiments", "experiments.*"]),
-    package_data={"rlhf_jax.feedback": ["*.txt"], "rlhf_jax.feedback.page": ["static/*"]},
+    package_data={"rlhf_jax.feedback": ["*.txt", "constitutions/*.toml"], "rlhf_jax.feedback.page": ["static/*"]},
     install_requires=[
         "absl-py>=2.5,<3",
         "chex>=0.1.92,<0.2",
@@ -62,6 +64,7 @@ setup(
         "aggregate": [CROWD],
         "judge": JUDGE,
         "label": LABEL,
+        "docs": DOCS,
         "test": [
             "hypothesis>=6.170,<7",
             "krippendorff>=0.9,<0.10",  # what its alpha is held against
@@ -73,6 +76,7 @@ setup(
             CROWD,
             *JUDGE,
             *LABEL,
+            *DOCS,
             # Compiling for a TPU needs libtpu and no TPU; it is made for this platform only.
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',
         ],

@@ -16,8 +16,9 @@ from rlhf_jax import flags, run, worlds
 from rlhf_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# That of the chain is of several runs, and tests/test_chain.py has it.
-FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem != "chain"}
+# Those of several runs, which tests/test_chain.py and tests/test_constitutional.py have.
+SEVERAL = ("chain", "constitutional")
+FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem not in SEVERAL}
 VARIANTS = {name: runpy.run_path(str(file)).get("VARIANTS", {}) for name, file in FILES.items()}
 # What the first step must give, where the policy is its own reference: nats, and IPO's (1 / (2 beta))^2.
 FIRST: dict[str, float] = {

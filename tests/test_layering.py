@@ -18,7 +18,8 @@ FLOORS = (
     "errors", "fields", "registry", "flags",
     "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
     "checkpoint", "metrics", "report", "config", "objective", "workdir", "teacher", "scoring", "surround", "checks",
-    "build", "world_recipes", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "constitutional", "plan",
+    "build", "world_recipes", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "constitutional",
+    "plan",
 )  # fmt: skip
 SHARED_BY_ALGORITHMS = (
     "step", "parts", "comparisons", "completions", "examples", "optimizers", "rollouts", "asked", "rounds", "picks",

@@ -47,6 +47,9 @@ class RewardsConfig:
         "regular expression of the text that ends a step, for a model of steps (loss.name=process); none: the model "
         "scores whole completions",
     ] = None
+    verifier: Annotated[
+        str | None, "what judges steps in the place of a model: world, or my_pkg.module:function; it reads step_end"
+    ] = None
     step_score: Annotated[
         Literal["product", "minimum", "last"], "one score from those of a completion's steps, in nats"
     ] = "product"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import registry, sharding
 from rlhf_jax.algorithms.reward import answer_scores
 from rlhf_jax.algorithms.rollouts import Scores
 from rlhf_jax.algorithms.step import Batch, by_pieces, flat_rows
@@ -20,11 +20,13 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import text_of
 from rlhf_jax.evaluate.process import step_gains
 from rlhf_jax.evaluate.rewards import Rewards, combine
+from rlhf_jax.evaluate.step_labels import VERIFIERS, verified
 from rlhf_jax.feedback.rewards import RewardFunctions, RewardsConfig
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sampling.sampler import Completion
 
 SHOWN = 32  # rollouts of an evaluation that samples.jsonl gets
+VERIFIED = "steps"  # the same of what a verifier says
 STEP_FLAG = "--config.rewards.step_end"
 MODEL = "model"  # the name of the reward model's score beside those of functions
 
@@ -67,7 +69,9 @@ class Score:
         self._columns = tuple(dict.fromkeys(name for example in examples for name in example.columns))
         if self._functions is not None:  # whether they can be called at all is told before anything is drawn
             self._functions([], [], {name: [] for name in self._columns})
-        self.names = (*((MODEL,) if model is not None else ()), *config.functions)
+        self._verifier = None if config.verifier is None else registry.resolve(VERIFIERS, config.verifier, "verifier")
+        first = [MODEL] if model is not None else [VERIFIED] if self._verifier is not None else []
+        self.names = (*first, *config.functions)
 
     def __call__(self, batch: Batch) -> Scores:
         real = sharding.fetch(batch["weight"]) > 0
@@ -75,7 +79,7 @@ class Score:
             return Scores(np.zeros((len(real), 0), np.float32), np.zeros((len(real), 0), bool), np.zeros(0), ())
         said = self.texts(batch) if self._functions is not None or not self._same else []
         rewards, applies, weights, steps = [], [], [], None
-        if self._model is not None:
+        if self._model is not None or self._verifier is not None:
             scores, steps = self._by_steps(batch, said) if self._ends else (self._by_answers(batch, said), None)
             rewards.append(scores[:, None])
             applies.append(np.ones((int(real.sum()), 1), bool))
@@ -134,7 +138,7 @@ class Score:
         return combine(scores, self._config.how, self._config.lam)
 
     def _by_steps(self, batch: Batch, said: Sequence[tuple[dataset.Example, str]]) -> tuple[np.ndarray, np.ndarray]:
-        """Of a model of steps the score of each completion, [N], and what its tokens add to it, float32 [B, T].
+        """Of a model or a verifier of steps the score of each completion, [N], and what its tokens add, float32 [B, T].
 
         That is 0 but at the last token of each step, and weighted as the score is.
         """
@@ -146,8 +150,13 @@ class Score:
             assert self._ends is not None
             # Of what ends at once the one step is the end itself.
             places.append(at[np.maximum(self._ends(words), 1) - 1])
-        told = self._of_tokens(batch, real, places) if self._same else self._of_texts(batch, real, places, said)
-        gains = [step_gains(combine(one, self._config.how, self._config.lam), self._config.step_score) for one in told]
+        if self._verifier is not None:
+            prompts, steps = [example.text for example, _ in said], self._cut(batch, real, places, said)
+            gains = [_lost(labels) for labels in verified(self._verifier, prompts, steps, self._apart(said)[2])]
+        else:
+            told = self._of_tokens(batch, real, places) if self._same else self._of_texts(batch, real, places, said)
+            scores = [combine(one, self._config.how, self._config.lam) for one in told]
+            gains = [step_gains(one, self._config.step_score) for one in scores]
         for row, at, gain in zip(real, places, gains, strict=True):
             each[row, at] = self._config.model_weight * gain
         return np.asarray([gain.sum() for gain in gains]), _agreed(each)
@@ -166,15 +175,26 @@ class Score:
     ) -> list[np.ndarray]:
         """The same of a reward model with another tokenizer, which reads the texts of the steps."""
         assert self._model is not None
+        prompts, texts = [example.text for example, _ in said], self._cut(batch, real, places, said)
+        solutions = [[_reply(p, step or " ") for step in steps] for p, steps in zip(prompts, texts, strict=True)]
+        return self._model.step_scores(self._model.encode_steps(prompts, solutions))
+
+    def _cut(
+        self,
+        batch: Batch,
+        real: np.ndarray,
+        places: Sequence[np.ndarray],
+        said: Sequence[tuple[dataset.Example, str]],
+    ) -> list[list[str]]:
+        """The texts of the steps of each completion, whose last tokens stand at these places."""
         tokens, mask, segments = (sharding.fetch(batch[name])[:, 0] for name in ("tokens", "mask", "segments"))
-        nothing, prompts, solutions = np.zeros(0, np.float32), [example.text for example, _ in said], []
-        for prompt, row, at, (_, whole) in zip(prompts, real, places, said, strict=True):
+        nothing, solutions = np.zeros(0, np.float32), []
+        for row, at, (_, whole) in zip(real, places, said, strict=True):
             asked, first = tokens[row][(segments[row] > 0) & ~mask[row]], int(np.flatnonzero(mask[row])[0])
             begun = [tokens[row, first : end + 1] for end in at[:-1]]
             ends = [len(self._text(asked, Completion(0, 0, ids, nothing, nothing, "length"))) for ids in begun]
-            steps = [whole[a:b] for a, b in zip([0, *ends], [*ends, len(whole)], strict=True)]
-            solutions.append([_reply(prompt, step or " ") for step in steps])
-        return self._model.step_scores(self._model.encode_steps(prompts, solutions))
+            solutions.append([whole[a:b] for a, b in zip([0, *ends], [*ends, len(whole)], strict=True)])
+        return solutions
 
     def _by_tokens(self, batch: Batch, read: Any) -> np.ndarray:
         """[members, ...], of models that read the tokens as they were drawn."""
@@ -182,6 +202,15 @@ class Score:
         rows = {name: batch[name] for name in ("tokens", "mask", "segments", "positions", "weight")}
         told = [read(member.model, self._pieces, member.params, rows) for member in self._model.members]
         return np.stack([sharding.fetch(one) for one in told]).astype(np.float64)
+
+
+def _lost(labels: Sequence[bool]) -> np.ndarray:
+    """-1 at the first wrong step, else 0, [steps]: the whole is 0 if all steps are right, else -1.
+
+    >>> print(_lost([True, False, False]))
+    [ 0. -1.  0.]
+    """
+    return np.where(np.arange(len(labels)) == (labels.index(False) if False in labels else -1), -1.0, 0.0)
 
 
 def functions_of(rewards: RewardsConfig) -> RewardFunctions:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax import sharding
+from rlhf_jax import registry, sharding
 from rlhf_jax.algorithms import ALGORITHMS
 from rlhf_jax.algorithms.rollouts import Around, Models, RolloutConfig, place
 from rlhf_jax.algorithms.step import INIT, Batch
@@ -23,6 +23,7 @@ from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.rewards import Rewards
+from rlhf_jax.evaluate.step_labels import VERIFIERS
 from rlhf_jax.feedback.rewards import RewardsConfig
 from rlhf_jax.models import start
 from rlhf_jax.models.decoder import Model
@@ -135,17 +136,21 @@ def check(config: Config) -> None:
     rewards, rollout = config.rewards, config.rollout
     algorithm = ALGORITHMS[config.algorithm]
     algorithm.check(getattr(config, config.algorithm), rollout)
-    if getattr(algorithm, "SCORED", True) and rewards.model is None and not rewards.functions:
+    if getattr(algorithm, "SCORED", True) and not (rewards.model or rewards.verifier or rewards.functions):
         raise UserError(
             "nothing says what a completion is worth; give --config.rewards.model=FOLDER, "
             "--config.rewards.functions=NAME, or both."
         )
+    judges = rewards.model or rewards.verifier
+    if rewards.model is not None and rewards.verifier is not None:
+        raise UserError("--config.rewards.verifier takes the place of --config.rewards.model; drop one of them.")
     ignored = [
         ("weights", bool(rewards.weights), rewards.functions, "functions"),
-        ("model_weight", rewards.model_weight != RewardsConfig.model_weight, rewards.model, "model"),
+        ("model_weight", rewards.model_weight != RewardsConfig.model_weight, judges, "model"),
         ("how", rewards.how != RewardsConfig.how, rewards.model, "model"),
-        ("step_end", rewards.step_end is not None, rewards.model, "model"),
-        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.step_end, "step_end"),
+        ("step_end", rewards.step_end is not None, judges, "model"),
+        ("verifier", rewards.verifier is not None, rewards.step_end, "step_end"),
+        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.model and rewards.step_end, "step_end"),
         ("lam", rewards.lam != RewardsConfig.lam, rewards.how == "mean_less_variance", "how=mean_less_variance"),
     ]
     for name, given, reader, what in ignored:
@@ -155,6 +160,7 @@ def check(config: Config) -> None:
         functions_of(rewards)
     if rewards.step_end is not None:
         step_pattern(rewards.step_end, STEP_FLAG)
+        registry.resolve(VERIFIERS, rewards.verifier or next(iter(VERIFIERS)), "verifier")
     elif config.algorithm == "ppo" and config.ppo.credit != type(config.ppo).credit:
         raise UserError(f"--config.ppo.credit would be ignored without {STEP_FLAG}; drop it.")
     completions = config.train.batch_size * rollout.minibatches

@@ -316,6 +316,11 @@ REFUSED = {
     "a score of no steps": (
         {"rewards__model": "x", "rewards__step_score": "last"}, "step_score would be ignored without",
     ),
+    "a verifier of no steps": ({"rewards__verifier": "world"}, "verifier would be ignored without"),
+    "a verifier beside a model": (
+        {"rewards__model": "x", "rewards__verifier": "world", "rewards__step_end": "x"}, "drop one of them",
+    ),
+    "no such verifier": ({"rewards__verifier": "wurld", "rewards__step_end": "x"}, "the nearest is 'world'"),
     "credit without steps": ({"ppo__credit": "end"}, "--config.ppo.credit would be ignored"),
     "no pattern": ({"rewards__model": "x", "rewards__step_end": "["}, "step_end='[' is no regular expression"),
     "a pattern of nothing": ({"rewards__model": "x", "rewards__step_end": "a*"}, "matches where there is no text"),

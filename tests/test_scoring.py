@@ -16,6 +16,7 @@ from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.steps import TokenEnds
 from rlhf_jax.data.tokens import Encoder
+from rlhf_jax.evaluate import step_labels
 from rlhf_jax.evaluate.answers import Subject
 from rlhf_jax.evaluate.rewards import Rewards
 from rlhf_jax.feedback.rewards import RewardsConfig
@@ -122,6 +123,26 @@ def test_a_model_with_another_tokenizer_reads_the_texts_of_the_steps(world, tmp_
     assert ours is not None and theirs is not None
     np.testing.assert_allclose(theirs[:3], ours[:3], atol=1e-5)  # an answer of no words is " " to it
     assert (theirs[3:5] < 0).any(axis=1).all()
+
+
+def test_a_verifier_takes_one_off_where_the_first_step_is_wrong(world, monkeypatch):
+    """And reads the texts of the steps, as they were cut, with the columns of their prompts' rows."""
+    asked = []
+
+    def verifier(prompt, steps, **columns):
+        asked.append((prompt, steps))
+        return ["blue" not in step and "b." not in step for step in steps]
+
+    monkeypatch.setitem(step_labels.VERIFIERS, "mine", verifier)
+    given = RewardsConfig(verifier="mine", step_end="[.,]", model_weight=2.0)
+    found = Score(world["encoder"], world["tokenizer"], world["examples"], given, None, length=LENGTH)(world["batch"])
+    assert [steps for _, steps in asked] == [[" red.", " blue,", " sun"], [" a.", "b."], [" star"], ["  "], [""]]
+    assert [prompt for prompt, _ in asked] == [PROMPTS[row] for row, _, _ in SAID]
+    np.testing.assert_array_equal(found.total, [-2, -2, 0, 0, 0, 0, 0])
+    starts = np.asarray(world["batch"]["mask"])[:, 0].argmax(axis=1)
+    assert found.steps is not None and found.names == ("steps",)
+    wrong = [(int(row), int(at - starts[row] + 1)) for row, at in zip(*np.nonzero(found.steps), strict=True)]
+    assert wrong == [(0, ENDS[0][1]), (1, ENDS[1][1])]
 
 
 def test_whole_completions_have_no_steps(world):

@@ -58,6 +58,8 @@ def subject(place) -> Subject:
         (["Sure!", " 3 + 4 = 7,", " 7 - 2 = 5.", " It is 5.", " Ask me again."], [True] * 5),
         (["3 + 4 = 7, 7 - 2 = 5.", " It is 4."], [True, False]),
         ([" It is 5."], [False]),  # the steps are left out
+        (["3 + 4 = 7,", " 7 - 2 = 5."], [True, False]),  # and here the result
+        (["Sure!"], [False]),
         (["3 + 4 = 7,", " 2 - 1 = 1."], [True, False]),  # goes on from another number
     ],
 )

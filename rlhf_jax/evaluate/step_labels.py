@@ -26,6 +26,7 @@ def world_steps(prompt: Any, steps: Sequence[str], **columns: Any) -> list[bool]
 
     A step that writes equations is right if they are and go on from those before; one that only states numbers is
     right if it says the result and no step was left out; one without a number is as right as what stands before it.
+    The last one is right only if the whole answer is.
 
     Raises: UserError for a prompt of another world.
 
@@ -43,6 +44,8 @@ def world_steps(prompt: Any, steps: Sequence[str], **columns: Any) -> list[bool]
             good = good and world.judge(asked, upto).correct == 1
         told.append(good)
         before = len(found)
+    if told and told[-1]:
+        told[-1] = world.judge(asked, "".join(steps)).correct == 1
     return told
 
 

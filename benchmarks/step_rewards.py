@@ -106,7 +106,7 @@ def ppo(args: argparse.Namespace, out: pathlib.Path, policy: str, prompts: pathl
     given |= ARMS[arm]
     if "rewards.model" in given:
         given["rewards.model"] = str(out / f"{given['rewards.model']}-{seed}")
-    if "rewards.step_end" in given:
+    if "rewards.model" in given and "rewards.step_end" in given:
         given["rewards.step_score"] = args.score
     config = fields.replace(config_of(policy, prompts, "nll", seed, 1, rate=args.rate), given)
     place = out / f"{arm}-{seed}-ppo"

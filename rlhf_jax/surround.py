@@ -150,7 +150,8 @@ def check(config: Config) -> None:
         ("how", rewards.how != RewardsConfig.how, rewards.model, "model"),
         ("step_end", rewards.step_end is not None, judges, "model"),
         ("verifier", rewards.verifier is not None, rewards.step_end, "step_end"),
-        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.model and rewards.step_end, "step_end"),
+        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.step_end, "step_end"),
+        ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.model, "model"),
         ("lam", rewards.lam != RewardsConfig.lam, rewards.how == "mean_less_variance", "how=mean_less_variance"),
     ]
     for name, given, reader, what in ignored:

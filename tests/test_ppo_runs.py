@@ -317,6 +317,10 @@ REFUSED = {
         {"rewards__model": "x", "rewards__step_score": "last"}, "step_score would be ignored without",
     ),
     "a verifier of no steps": ({"rewards__verifier": "world"}, "verifier would be ignored without"),
+    "a score of verified steps": (
+        {"rewards__verifier": "world", "rewards__step_end": "x", "rewards__step_score": "last"},
+        "--config.rewards.step_score would be ignored without --config.rewards.model",
+    ),
     "a verifier beside a model": (
         {"rewards__model": "x", "rewards__verifier": "world", "rewards__step_end": "x"}, "drop one of them",
     ),

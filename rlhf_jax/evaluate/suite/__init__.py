@@ -1,0 +1,1 @@
+"""Public evaluation sets on real models: options by likelihood, checked answers, preferences, refusals, win rates."""

@@ -73,8 +73,11 @@ def from_rollouts(policy: str, rows: Sequence[Row], seed: int) -> list[Row]:
         subject, Encoder(subject.tokenizer), asked, [row["completions"] for row in rows], {},
         RewardFunctions.named(("right",)), samples=ROLLOUTS, sampling=SAMPLING, seed=seed + 1,
     )  # fmt: skip
-    labels = [[bool(share > 0) for share in one.shares] for one in chances]
-    return [row | {"labels": own} for row, own in zip(rows, labels, strict=True)]
+    return [
+        row | {"labels": [bool(share > 0) for share in one.shares]}
+        for row, one in zip(rows, chances, strict=True)
+        if one is not None
+    ]
 
 
 def judges(args: argparse.Namespace, out: pathlib.Path, policy: str, start: str, asked: list[str], seed: int) -> None:

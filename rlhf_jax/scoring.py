@@ -1,6 +1,7 @@
 """What each completion of a rollout earns: by a reward model, by functions, or both."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import text_of
 from rlhf_jax.evaluate.process import step_gains
 from rlhf_jax.evaluate.rewards import Rewards, combine
-from rlhf_jax.evaluate.step_labels import VERIFIERS, verified
+from rlhf_jax.evaluate.step_labels import VERIFIERS, check_verifier, verified
 from rlhf_jax.feedback.rewards import RewardFunctions, RewardsConfig
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sampling.sampler import Completion
@@ -71,6 +72,8 @@ class Score:
             self._functions([], [], {name: [] for name in self._columns})
         self._verifier = None if config.verifier is None else registry.resolve(VERIFIERS, config.verifier, "verifier")
         first = [MODEL] if model is not None else [VERIFIED] if self._verifier is not None else []
+        if self._verifier is not None:
+            check_verifier(self._verifier, self._columns)
         self.names = (*first, *config.functions)
 
     def __call__(self, batch: Batch) -> Scores:
@@ -173,11 +176,12 @@ class Score:
         places: Sequence[np.ndarray],
         said: Sequence[tuple[dataset.Example, str]],
     ) -> list[np.ndarray]:
-        """The same of a reward model with another tokenizer, which reads the texts of the steps."""
+        """The same of a reward model with another tokenizer, which reads the texts."""
         assert self._model is not None
-        prompts, texts = [example.text for example, _ in said], self._cut(batch, real, places, said)
-        solutions = [[_reply(p, step or " ") for step in steps] for p, steps in zip(prompts, texts, strict=True)]
-        return self._model.step_scores(self._model.encode_steps(prompts, solutions))
+        prompts, cuts = [example.text for example, _ in said], self._cut(batch, real, places, said)
+        ends = [list(itertools.accumulate(map(len, steps))) for steps in cuts]
+        rows, at = self._model.encode_cut(prompts, [text for _, text in said], ends)
+        return self._model.scores_at([row.ids for row in rows], at)
 
     def _cut(
         self,

@@ -139,7 +139,7 @@ def check(config: Config) -> None:
     if getattr(algorithm, "SCORED", True) and not (rewards.model or rewards.verifier or rewards.functions):
         raise UserError(
             "nothing says what a completion is worth; give --config.rewards.model=FOLDER, "
-            "--config.rewards.functions=NAME, or both."
+            "--config.rewards.functions=NAME, or both, or --config.rewards.verifier=NAME."
         )
     judges = rewards.model or rewards.verifier
     if rewards.model is not None and rewards.verifier is not None:
@@ -152,6 +152,7 @@ def check(config: Config) -> None:
         ("verifier", rewards.verifier is not None, rewards.step_end, "step_end"),
         ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.step_end, "step_end"),
         ("step_score", rewards.step_score != RewardsConfig.step_score, rewards.model, "model"),
+        ("deadline", rewards.deadline != RewardsConfig.deadline, rewards.functions, "functions"),
         ("lam", rewards.lam != RewardsConfig.lam, rewards.how == "mean_less_variance", "how=mean_less_variance"),
     ]
     for name, given, reader, what in ignored:
@@ -238,7 +239,8 @@ def _value(config: Config, begun: Start, reward: Rewards | None, opened: Open) -
         shapes = {name: begun.model.with_head("score").shapes()[name] for name in ("score", "score_bias")}
         zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return None, Value(shapes, jax.jit(zeros, out_shardings=sharding.param_shardings(shapes, mesh)))
-    if section.value_path is not None or reward is not None:
+    # A model of steps says whether a step is right, which is no value: then the value begins as the policy.
+    if section.value_path is not None or (reward is not None and config.rewards.step_end is None):
         first = _first(section.value_path, opened, reward)
         if Encoder(first.tokenizer).fingerprint != begun.encoder.fingerprint:
             raise UserError(

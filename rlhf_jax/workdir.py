@@ -246,7 +246,7 @@ def of_steps(path: str, flag: str = "--reward") -> bool:
     Errors: UserError for a path that holds no model, or the run of one that writes.
     """
     name, at, wanted = path.rpartition("@")
-    name = name if at and (wanted == "best" or wanted.isdecimal()) else path
+    name = name if at and (wanted == "best" or wanted.isdecimal()) and not _has_config(path) else path
     folder = epath.Path(os.path.expanduser(name))
     if not (folder / "config.json").exists() and (folder / "members").is_dir():
         folder = next(iter(sorted((folder / "members").iterdir())), folder)

@@ -199,6 +199,12 @@ def test_steps_are_paid_where_they_end_or_all_of_them_at_the_end(place, credit):
     assert "step_rewards" not in batch
 
 
+def test_a_model_of_steps_is_no_beginning_for_a_value(place):
+    steps = {"rewards__functions": (), "rewards__model": str(place / "steps"), "rewards__step_end": "[a-f ]"}
+    value = state_of(place, **steps).state.params["value"]
+    assert not np.asarray(value["score"]).any(), "it begins as the policy with a new head"
+
+
 def test_a_run_goes_on_with_its_own_reward_model_alone(place):
     config = {"rewards__functions": (), "rewards__model": str(shutil.copytree(place / "reward", place / "judge"))}
     built = build(config_of(place, **config), epath.Path(place / "judged"))
@@ -312,6 +318,8 @@ REFUSED = {
         {"algorithm": "preference", "loss__name": "dpo", "ppo": PpoConfig()},
         "'preference' would ignore --config.rollout.max_new_tokens",
     ),
+    "a deadline of nothing": ({"rewards__functions": (), "rewards__model": "x", "rewards__deadline": 5.0},
+                              "deadline would be ignored without --config.rewards.functions"),
     "steps without a model": ({"rewards__step_end": "x"}, "step_end would be ignored without --config.rewards.model"),
     "a score of no steps": (
         {"rewards__model": "x", "rewards__step_score": "last"}, "step_score would be ignored without",

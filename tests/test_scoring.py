@@ -14,7 +14,8 @@ from etils import epath
 from rlhf_jax.algorithms.rollouts import Scores, place, step_columns
 from rlhf_jax.data import dataset
 from rlhf_jax.data.config import Data
-from rlhf_jax.data.steps import TokenEnds
+from rlhf_jax.data.rows import Message
+from rlhf_jax.data.steps import TokenEnds, cut, ends_of
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.evaluate import step_labels
 from rlhf_jax.evaluate.answers import Subject
@@ -151,6 +152,28 @@ def test_whole_completions_have_no_steps(world):
         world["encoder"], world["tokenizer"], world["examples"], RewardsConfig(model="whole"), rewards, length=LENGTH
     )(world["batch"])
     assert found.steps is None and step_columns(found) == {} and found.applies[:5].all()
+
+
+def test_a_character_of_several_tokens_ends_a_step_with_its_last(world):
+    """Bytes one by one read as nothing, and white space between two ends belongs to the step before it."""
+    ids, ends = BYTES("one。 two。"), TokenEnds(world["tokenizer"], re.compile("。"))
+    assert ends(ids) == [len(BYTES("one。")), len(ids)]
+    cuts = lambda text, pattern: cut(text, ends_of(text, re.compile(pattern)))
+    assert cuts("A.\n\nB.", r"\n") == ["A.\n\n", "B."] and cuts(" \nA\n", r"\n") == [" \nA\n"]
+
+
+def test_steps_of_a_whole_answer_end_at_the_token_that_holds_their_last_character(world, tmp_path):
+    """Behind a template that writes before an answer and trims it."""
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    rewards = Rewards("steps", world["members"][:1], chat_template=str(template))
+    rows, places = rewards.encode_cut([(Message("user", "Q"),)] * 2, [" one. two", ""], [[5, 9], [0]])
+    read = lambda row, at: world["tokenizer"].decode(row.ids[: at + 1], skip_special_tokens=True)
+    assert [read(rows[0], at) for at in places[0]] == ["[user]Q[assistant]one.", "[user]Q[assistant]one. two"]
+    assert rows[1].start <= places[1][0] < len(rows[1])
 
 
 @pytest.mark.parametrize("name", ["stories", "smollm2", "minimind"])

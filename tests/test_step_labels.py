@@ -12,11 +12,11 @@ from etils import epath
 from experiments import steps
 from rlhf_jax import flags
 from rlhf_jax.data import formats, world_rows
-from rlhf_jax.data.rows import Stepwise
+from rlhf_jax.data.rows import Refusal, Stepwise
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject, text_of
-from rlhf_jax.evaluate.step_labels import rolled_out, verified, world_steps
+from rlhf_jax.evaluate.step_labels import check_verifier, rolled_out, verified, world_steps
 from rlhf_jax.feedback.exchange import tasks_of
 from rlhf_jax.feedback.rewards import RewardFunctions
 from rlhf_jax.sampling.distribution import Sampling
@@ -95,6 +95,7 @@ def test_a_step_is_worth_what_comes_of_it_whatever_else_is_asked(subject):
         samples=3, sampling=SAMPLING, seed=5,
     )  # fmt: skip
     found = ask(0, 1, 2)
+    found = [one for one in found if one is not None]
     assert [len(one.shares) for one in found] == [3, 2, 1]
     for number, (prompt, several) in enumerate(zip(prompts, solutions, strict=True)):
         whole = "".join(several)
@@ -104,12 +105,37 @@ def test_a_step_is_worth_what_comes_of_it_whatever_else_is_asked(subject):
             expected = by_hand(subject, encoder, prompt, "".join(several[:count]), 3, 5)
             assert found[number].shares[count - 1] == pytest.approx(expected)
     assert found[0].shares[0] == found[1].shares[0], "the same beginning"
-    np.testing.assert_array_equal(ask(2, 1)[1].shares, found[1].shares)
+    again = ask(2, 1)[1]
+    assert again is not None
+    np.testing.assert_array_equal(again.shares, found[1].shares)
     with pytest.raises(UserError, match="the checker gold gave -?[0-9.]+ for the answer 'Ugh. 3'; it must give each a"):
         gold = RewardFunctions.named(("gold",))
         rolled_out(
             subject, encoder, ["What is 3 + 4?"], [["Ugh. 3"]], {}, gold, samples=1, sampling=SAMPLING, seed=0
         )  # fmt: skip
+
+
+def test_equal_prompts_are_judged_by_their_own_columns(subject):
+    """And a solution that can't be cut where a step ends is left out, alone."""
+    encoder = Encoder(subject.tokenizer)
+    told = lambda prompts, completions, answer, **_: [float(value == 4) for value in answer]
+    checker = RewardFunctions({"told": told}, (1.0,))
+    ask = lambda: rolled_out(
+        subject, encoder, ["Solve it:"] * 2, [[" A", " B"]] * 2, {"answer": [4, 7]}, checker,
+        samples=2, sampling=SAMPLING, seed=0,
+    )  # fmt: skip
+    shares = [None if one is None else one.shares.tolist() for one in ask()]
+    assert shares == [[1.0, 1.0], [0.0, 0.0]]
+    encode = encoder.encode_many
+    encoder.encode_many = lambda items: [Refusal("a token reaches over it"), *encode(items)[1:]]
+    assert [one is None for one in ask()] == [True, False]
+
+
+def test_a_verifier_gets_the_columns_that_are_none_of_its_own():
+    told = verified(lambda prompt, steps, answer: [True], ["Q"], [["one"]], {"steps": [["x"]], "answer": [1]})
+    assert told == [[True]]
+    with pytest.raises(UserError, match=r"can't be called with the data's columns \(answer\)"):
+        check_verifier(lambda prompt, steps: [True], ["answer"])
 
 
 def call(place: pathlib.Path, out: pathlib.Path, *words: str) -> list[dict[str, Any]]:
@@ -156,6 +182,10 @@ def test_a_verifier_judges_sums_and_people_get_tasks(place, tmp_path, capsys):
         (("--by=world", "--step_end=x*"), "--step_end='x*' also matches where there is no text"),
         (("--by=world", "--solutions=0"), "--solutions=0 is not allowed; it must be at least 1"),
         (("--checker=right", "--at_least=0"), "--at_least=0.0 is not allowed; it must be above 0 and at most 1"),
+        (("--checker=right", "--top_k=1"), "all rollouts from a step would be the same"),
+        (("--by=people", "--deadline=5"), "--by=people does not read --deadline; drop it"),
+        (("--by=world", "--prompts=PLACE/mine.txt"), "and --by=world judges no others here"),
+        (("--checker=right", "--prompts=PLACE/mine.txt"), "and --checker=right judges no others here"),
         (("--checker=right", "--temperature=0"), "all rollouts from a step would be the same"),
         (("--by=world", "--out=PLACE/mine.txt"), "mine.txt already exists; give a new file"),
     ],

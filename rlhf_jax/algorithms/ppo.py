@@ -73,7 +73,8 @@ class PpoConfig(EndConfig):
         Literal["separate", "head"], "the value: a model of its own, or a second head of the policy, which begins at 0"
     ] = "separate"
     value_path: Annotated[
-        str | None, "reward model that the value begins as; none: rewards.model, else the policy with a new head"
+        str | None,
+        "reward model that the value begins as; none: rewards.model, but one of steps; else the policy with a new head",
     ] = None
     gamma: Annotated[float, "discount a token"] = 1.0
     lam: Annotated[float, "of the advantages: 1 sums rewards to the end, 0 trusts the value of the next token"] = 0.95

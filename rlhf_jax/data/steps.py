@@ -1,6 +1,7 @@
 """Where the steps of a completion end: in its text, in its tokens, and in what a chat template makes of it."""
 
 import itertools
+import os.path
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from rlhf_jax.data.special import CLOSE, OPEN, bare
 from rlhf_jax.data.templates import Plan
 from rlhf_jax.errors import UserError
 
+BROKEN = "\ufffd"  # what a part of a character reads as
 Ends = tuple[int, ...]  # characters of the completion's text before the end of each step
 
 
@@ -39,18 +41,48 @@ def ends_of(text: str, pattern: re.Pattern[str]) -> Ends:
     for end in [*(match.end() for match in pattern.finditer(text)), len(text)]:
         if text[ends[-1] if ends else 0 : end].strip():
             ends.append(end)
-    return (*ends[:-1], len(text)) if ends else ()
+        elif ends:
+            ends[-1] = end
+    return tuple(ends)
+
+
+class Pieces:
+    """What token ids read as, token by token."""
+
+    ANCHOR = "a"  # some tokenizers drop the space before a first word
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.encode(self.ANCHOR, add_special_tokens=False)
+        self._before, self._known = len(self._decoded([])), dict[int, str]()
+
+    def __call__(self, ids: Sequence[int] | np.ndarray) -> tuple[str, np.ndarray]:
+        """The text of token ids, and how many characters of it stand up to the end of each token, int [n]."""
+        found = [int(one) for one in ids]
+        pieces = [self._piece(one) for one in found]
+        if not any(BROKEN in piece for piece in pieces):
+            return "".join(pieces), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        # A character of several tokens reads as itself only where they stand together.
+        whole = self._decoded(found)
+        read = [os.path.commonprefix([whole, self._decoded(found[:count])]) for count in range(1, len(found) + 1)]
+        return whole[self._before :], np.maximum.accumulate([len(text) - self._before for text in read])
+
+    def _piece(self, one: int) -> str:
+        if one not in self._known:
+            self._known[one] = self._decoded([one])[self._before :]
+        return self._known[one]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            [*self._anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 class TokenEnds:
     """Finds the ends of the steps of token ids."""
 
-    ANCHOR = "a"  # some tokenizers drop the space before a first word
-
     def __init__(self, tokenizer: Any, pattern: re.Pattern[str]):
-        self._tokenizer, self._pattern = tokenizer, pattern
-        self._anchor = tokenizer.encode(self.ANCHOR, add_special_tokens=False)
-        self._before, self._pieces = len(self._decoded([])), dict[int, str]()
+        self._pieces, self._pattern = Pieces(tokenizer), pattern
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """How many of the tokens stand up to the end of each step, ascending; what has no text is one step.
@@ -60,20 +92,9 @@ class TokenEnds:
         Args:
           ids: [n] of a completion, without the token that ended it.
         """
-        pieces = [self._piece(int(one)) for one in ids]
-        upto = list(itertools.accumulate(map(len, pieces)))
-        found = np.searchsorted(upto, ends_of("".join(pieces), self._pattern)) + 1
-        return list(dict.fromkeys(found.tolist())) if len(found) else [len(pieces)]
-
-    def _piece(self, one: int) -> str:
-        if one not in self._pieces:
-            self._pieces[one] = self._decoded([one])[self._before :]
-        return self._pieces[one]
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            [*self._anchor, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text, upto = self._pieces(ids)
+        found = np.searchsorted(upto, ends_of(text, self._pattern)) + 1
+        return list(dict.fromkeys(found.tolist())) if len(found) else [len(upto)]
 
 
 def cut(text: str, ends: Ends) -> list[str]:

@@ -12,6 +12,7 @@ from rlhf_jax import sharding
 from rlhf_jax.data.conversions import joined
 from rlhf_jax.data.cutting import fit
 from rlhf_jax.data.rows import Message, Text
+from rlhf_jax.data.steps import Pieces
 from rlhf_jax.data.tokens import Encoder, Tokens
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject
@@ -109,6 +110,29 @@ class Rewards:
         whole = [joined(steps) for steps in solutions]
         items = [(prompt, text, "", ends) for prompt, (text, ends) in zip(prompts, whole, strict=True)]
         return self._fitted(self.encoder.encode_many(items), "solution")
+
+    def encode_cut(
+        self, prompts: Sequence[Text], answers: Sequence[str], ends: Sequence[Sequence[int]]
+    ) -> tuple[list[Tokens], list[np.ndarray]]:
+        """Whole answers, as `encode`, and where in their tokens steps end that are given by characters.
+
+        A step that ends inside a token ends behind it, and several may end in one: nothing is refused for that.
+
+        Args:
+          ends: for each answer the characters of its text up to the end of each of its steps.
+        """
+        replies = [
+            text if isinstance(prompt, str) else (Message("assistant", text),)
+            for prompt, text in zip(prompts, answers, strict=True)
+        ]
+        rows, pieces, places = self.encode(prompts, replies), Pieces(self.members[0].tokenizer), []
+        for row, text, own in zip(rows, answers, ends, strict=True):
+            said, upto = pieces(row.ids[row.start :])
+            # What a template writes before an answer, or strips off it, is no part of a step.
+            begins = max(said.rfind(text.strip()), 0) - (len(text) - len(text.lstrip()))
+            found = np.searchsorted(upto, begins + np.asarray(own, np.int64))
+            places.append(row.start + np.minimum(found, len(upto) - 1))
+        return rows, places
 
     def _fitted(self, encoded: Sequence[Tokens | Exception], what: str) -> list[Tokens]:
         rows = []

@@ -1,6 +1,8 @@
 """Labels of the steps of solutions: by a program that verifies them, or by what comes of going on from each of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,8 @@ from rlhf_jax.feedback.rewards import RewardFunctions
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler, number_of
 
-# verifier(prompt, steps, **columns) -> a bool a step, whether it is right; columns are what else the prompt's row says.
+# verifier(prompt, steps, **columns) -> a bool a step, whether it is right; columns are what else the prompt's row says,
+# but for columns of the names prompt and steps.
 Verifier = Callable[..., Sequence[bool]]
 
 
@@ -52,6 +55,21 @@ def world_steps(prompt: Any, steps: Sequence[str], **columns: Any) -> list[bool]
 VERIFIERS: Mapping[str, Verifier] = {"world": world_steps}
 
 
+def check_verifier(verifier: Verifier, columns: Iterable[str]) -> None:
+    """Errors: UserError for a verifier that can't be called with these columns."""
+    try:
+        inspect.signature(verifier).bind("", [], **dict.fromkeys(_own(columns)))
+    except TypeError as error:
+        raise UserError(
+            f"the verifier can't be called with the data's columns ({', '.join(columns) or 'none'}): {error}; let it "
+            "take what it doesn't read as **columns."
+        ) from None
+
+
+def _own(columns: Iterable[str]) -> list[str]:
+    return [name for name in columns if name not in ("prompt", "steps")]
+
+
 def verified(
     verifier: Verifier,
     prompts: Sequence[Text],
@@ -61,7 +79,7 @@ def verified(
     """What a verifier says of the steps of each solution. Errors: UserError if it doesn't give one bool a step."""
     told = []
     for place, (prompt, steps) in enumerate(zip(prompts, solutions, strict=True)):
-        own = {name: column[place] for name, column in columns.items()}
+        own = {name: columns[name][place] for name in _own(columns)}
         labels = list(verifier(plain(prompt), list(steps), **own))
         if len(labels) != len(steps) or any(label not in (0, 1) for label in labels):
             raise UserError(
@@ -96,29 +114,33 @@ def rolled_out(
     samples: int,
     sampling: Sampling,
     seed: int,
-) -> list[Chances]:
+    tools: Sequence[str] | None = None,
+) -> list[Chances | None]:
     """Lets a model finish each solution from behind each of its steps, several times, and counts what is right.
 
     A rollout depends on the seed, the text before it and its number alone. A prefix that stands in several solutions
-    to a prompt is finished once.
+    to a prompt, with the same columns, is finished once.
 
     Args:
       solutions: the texts of the steps of one answer to each prompt; joined as they are they make it.
       columns: what else the prompts' rows say, one entry a prompt; the checker reads them.
       checker: one function, whose number is from 0, wrong, to 1, right.
       samples: rollouts of each step, at least 1.
-    Errors: UserError for a checker that gives other numbers, and a solution that the tokenizer can't cut.
+      tools: what each prompt offers, JSON text, "" for none; None: none do.
+    Returns: None for a solution one of whose steps ends inside a token, so that nothing can go on from there.
+    Errors: UserError for a checker that gives other numbers.
     References: Wang et al. 2024, arXiv:2312.08935, sec. 3.2 (the labels of Math-Shepherd).
     """
-    rows = _encoded(encoder, prompts, solutions)
+    rows = _encoded(encoder, prompts, solutions, [""] * len(prompts) if tools is None else tools)
     most = subject.model.shape.length
-    begun: dict[tuple[int, bytes], tuple[int, str]] = {}  # prompt and tokens -> the solution and the text before
-    places = {_said(prompt): number for number, prompt in enumerate(prompts)}
+    names = _names(prompts, columns)
+    begun: dict[tuple[str, bytes], tuple[int, str]] = {}  # prompt and tokens -> the solution and the text before
     for number, (row, steps) in enumerate(zip(rows, solutions, strict=True)):
+        if row is None:
+            continue
         for count, end in enumerate(row.ends[:-1], start=1):
             if end + 1 < most:
-                key = places[_said(prompts[number])], row.ids[: end + 1].tobytes()
-                begun.setdefault(key, (number, "".join(steps[:count])))
+                begun.setdefault((names[number], row.ids[: end + 1].tobytes()), (number, "".join(steps[:count])))
     finished = _finished(subject, encoder, [np.frombuffer(ids, np.int32) for _, ids in begun], samples, sampling, seed)
     of = [number for number, _ in begun.values()]
     texts = [[f"{before}{rest}" for rest in some] for (_, before), some in zip(begun.values(), finished, strict=True)]
@@ -126,37 +148,31 @@ def rolled_out(
     earned = _checked(checker, prompts, index, [*sum(texts, []), *map("".join, solutions)], columns)
     means = earned[: len(of) * samples].reshape(len(of), samples).mean(axis=1) if of else np.zeros(0)
     shares = dict(zip(begun, means.tolist(), strict=True))
-    own = earned[len(of) * samples :]
-    return [
-        Chances(
-            np.asarray([*(_share(shares, places[_said(p)], row, end, right) for end in row.ends[:-1]), right]), right
-        )
-        for p, row, right in zip(prompts, rows, own.tolist(), strict=True)
-    ]
+    found: list[Chances | None] = []
+    for name, row, right in zip(names, rows, earned[len(of) * samples :].tolist(), strict=True):
+        # Where the context leaves no room to go on, a step's share is what the solution earned.
+        keys = [] if row is None else [(name, row.ids[: end + 1].tobytes()) for end in row.ends[:-1]]
+        own = np.asarray([*(shares.get(key, right) for key in keys), right])
+        found.append(None if row is None else Chances(own, right))
+    return found
 
 
-def _share(shares: Mapping[tuple[int, bytes], float], place: int, row: Tokens, end: int, right: float) -> float:
-    """Of one step; where the context leaves no room to go on it is what the solution earned."""
-    return shares.get((place, row.ids[: end + 1].tobytes()), right)
+def _names(prompts: Sequence[Text], columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    """All that decides what a beginning comes to but its tokens, as text."""
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
+    return [json.dumps([plain(p), row], sort_keys=True, default=repr) for p, row in zip(prompts, rows, strict=True)]
 
 
-def _said(prompt: Text) -> str:
-    return str(plain(prompt))
-
-
-def _encoded(encoder: Encoder, prompts: Sequence[Text], solutions: Sequence[Sequence[str]]) -> list[Tokens]:
-    """Each solution behind its prompt, with the ends of its steps."""
+def _encoded(
+    encoder: Encoder, prompts: Sequence[Text], solutions: Sequence[Sequence[str]], tools: Sequence[str]
+) -> list[Tokens | None]:
+    """Each solution behind its prompt, with the ends of its steps; None where one of them is inside a token."""
     items = []
-    for prompt, steps in zip(prompts, solutions, strict=True):
+    for prompt, steps, offered in zip(prompts, solutions, tools, strict=True):
         texts: list[Text] = [step if isinstance(prompt, str) else (Message("assistant", step),) for step in steps]
         text, ends = joined(texts)
-        items.append((prompt, text, "", ends))
-    rows = []
-    for number, row in enumerate(encoder.encode_many(items), start=1):
-        if isinstance(row, Refusal):
-            raise UserError(f"solution number {number} can't be cut into its steps: {row}; give another --step_end.")
-        rows.append(row)
-    return rows
+        items.append((prompt, text, offered, ends))
+    return [None if isinstance(row, Refusal) else row for row in encoder.encode_many(items)]
 
 
 def _finished(

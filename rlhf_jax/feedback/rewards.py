@@ -156,7 +156,7 @@ class RewardFunctions:
         answers = _answers(prompts, completions, columns)
         for name, function in self.functions.items():
             _check_columns(name, function, columns)
-        slow = {name: function for name, function in self.functions.items() if _is_async(function)}
+        slow = {name: function for name, function in self.functions.items() if is_async(function)}
         found = {name: _ask(name, f, answers) for name, f in self.functions.items() if name not in slow}
         if slow and answers:
             found |= self._wait(slow, answers)
@@ -196,7 +196,8 @@ def _answers(prompts: Sequence[Text], completions: Sequence[str], columns: Mappi
     return told
 
 
-def _is_async(function: RewardFunction) -> bool:
+def is_async(function: RewardFunction) -> bool:
+    """Whether calls of a function wait for something, side by side."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 

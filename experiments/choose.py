@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from collections.abc import Hashable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's own notes are not for the user
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -103,8 +103,7 @@ def _check_models(program: Choose) -> None:
         raise UserError("--read says how --model is read, and there is none; drop it.")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Found:
+class Found(NamedTuple):
     """What files hold: answers to prompts, every two of a prompt, and what people said of some."""
 
     prompts: list[Text]  # of each answer

@@ -21,7 +21,8 @@ from rlhf_jax.sharding import MeshShape
 from tests.spoilt import Ground
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem != "chain")  # of several runs
+SEVERAL = ("chain", "constitutional")  # of several runs: tests of their own have them
+FILES = sorted(file for file in (ROOT / "configs").glob("*.py") if file.stem not in SEVERAL)
 PROGRAMS = sorted(file.stem for file in (ROOT / "experiments").glob("[a-z]*.py"))
 
 

@@ -9,6 +9,7 @@ are rude.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -105,7 +106,7 @@ def draw(results: Mapping[int, Mapping[str, Any]], file: pathlib.Path) -> None:
     names = [*next(iter(results.values()))["harmless"]["score"]]
     rounds = ["helpful", *(name for name in names if name.startswith("round "))]
     at = np.arange(len(rounds))
-    for number, ((seed, found), colour) in enumerate(zip(results.items(), COLOURS, strict=False)):
+    for number, ((seed, found), colour) in enumerate(zip(results.items(), itertools.cycle(COLOURS), strict=False)):
         told = [found["harmless"]["score"][name] for name in rounds]
         # Harm is 1 less the score, so its lower end is the score's upper one.
         ends = [[t["high"] - t["mean"] for t in told], [t["mean"] - t["low"] for t in told]]

@@ -5,6 +5,9 @@ python -m experiments.constitutional --config=configs/constitutional.py --config
     --config.evaluate.harmless.scorer=my_pkg.scores:harmless --config.evaluate.helpful.prompts=MORE \
     --config.evaluate.helpful.scorer=my_pkg.scores:helpful --workdir=runs/constitutional
 python -m experiments.constitutional --config=configs/constitutional.py:tiny --workdir=runs/constitutional_tiny
+
+:tiny, on two cores of an Intel Xeon with much other work beside: 9 to 11 minutes, and once three to four for its
+start; over three seeds harm of held-out answers is 0.625 at first, 0.044 after four rounds, 0.002 of the last model.
 """
 
 from rlhf_jax import fields
@@ -12,7 +15,9 @@ from rlhf_jax.constitutional.config import Constitutional
 
 STAGES = ("helpful", "revised", "dpo", "reward", "ppo")
 GENERAL = {"revisions.sampling.temperature": 0.7, "revisions.writing.temperature": 0.7,
-           "evaluate.sampling.temperature": 0.7, "ppo.rollout.epochs": 4, "ppo.rollout.minibatches": 4}  # fmt: skip
+           "evaluate.sampling.temperature": 0.7, "revisions.sampling.max_new_tokens": 512,
+           "revisions.writing.max_new_tokens": 512, "labels.sampling.max_new_tokens": 512,
+           "evaluate.sampling.max_new_tokens": 512, "ppo.rollout.epochs": 4, "ppo.rollout.minibatches": 4}  # fmt: skip
 for stage, rate in zip(STAGES, (1e-5, 1e-5, 1e-6, 1e-5, 3e-6), strict=True):
     GENERAL |= {f"{stage}.optimizer.learning_rate": rate, f"{stage}.optimizer.warmup": 10}
 

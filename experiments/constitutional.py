@@ -74,7 +74,8 @@ def write_answers(file: epath.Path, found: Measured) -> None:
 def finished(whole: Constitutional, place: epath.Path) -> dict[str, Any] | None:
     """What a run of the same config has left, if it came to its end."""
     file = place / "results.json"
-    if not file.exists() or not (place / "report.html").exists():
+    whole_there = all(stages.begun(place, stage) for stage in whole.made)
+    if not file.exists() or not (place / "report.html").exists() or not whole_there:
         return None
     found = json.loads(file.read_text())
     return found if found["config"] == fields.to_dict(whole) else None

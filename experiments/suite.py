@@ -95,6 +95,7 @@ def check_flags(program: Suite) -> tuple[list[str], list[str]]:
     if program.baseline is not None and program.baseline not in names:
         raise UserError(f"--baseline={program.baseline} is none of the models; choose one of {', '.join(names)}.")
     check_read(program, asked)
+    check_texts(program)
     return asked, names
 
 
@@ -109,13 +110,36 @@ def check_read(program: Suite, asked: Sequence[str]) -> None:
     ):
         if not needs & read_by and (unread := [name for name in flags_ if name in given]):
             raise UserError(f"--{unread[0]} is {what}, and none of --tasks has any; drop it.")
+    if program.temperature == 0 and (unread := [name for name in ("top_k", "top_p", "min_p") if name in given]):
+        raise UserError(
+            f"--{unread[0]} changes nothing at --temperature=0, which always takes the likeliest token; drop it, or "
+            "give a temperature above 0."
+        )
+
+
+def check_texts(program: Suite) -> None:
+    """Errors: UserError for a judge's template that can't be read, or a chat template that isn't there."""
+    read_template(program.template)
+    chat = program.chat_template
+    if chat is not None and not epath.Path(os.path.expanduser(chat)).is_file():
+        raise UserError(f"there is no chat template {chat}; check --chat_template.")
 
 
 def places_of(program: Suite) -> tuple[str, dict[str, str]]:
-    """The folder of all sets, and the files of single tasks. Errors: UserError for two folders, or an unknown task."""
-    own = {name: path for name, _, path in (one.partition("=") for one in program.data) if path}
+    """The folder of all sets, and the files of single tasks.
+
+    Errors: UserError for two folders, an unknown task, a task without a file, or with two.
+    """
+    own: dict[str, str] = {}
+    for name, _, path in (one.partition("=") for one in program.data if "=" in one):
+        tasks.chosen([name])
+        if not path or name in own:
+            raise UserError(
+                f"--data={','.join(program.data)} gives {name} {'two places' if path else 'no file'}; "
+                f"write {name}=FILE, once."
+            )
+        own[name] = path
     folders = [one for one in program.data if "=" not in one]
-    tasks.chosen(list(own))
     if len(folders) > 1:
         raise UserError(f"--data={','.join(program.data)} has two folders; give one, and TASK=FILE for other places.")
     if not folders and not own:
@@ -200,8 +224,9 @@ def table(results: gates.Results, sets: Mapping[str, tasks.Read]) -> report.Tabl
             if not any(own.values()):
                 continue
             counts = sorted({str(figure.count) for figure in own.values() if figure is not None}, key=int)
-            chances = [figure.chance for figure in own.values() if figure is not None and figure.chance is not None]
-            guessing = f"{chances[0]:.1%}" if chances else "none"
+            # Models that leave out different items have different ones.
+            chances = {figure.chance for figure in own.values() if figure is not None and figure.chance is not None}
+            guessing = " or ".join(dict.fromkeys(f"{chance:.1%}" for chance in sorted(chances))) or "none"
             cells = ["" if figure is None else percent(figure) for figure in own.values()]
             rows.append((f"{task}: {name}", about, " or ".join(counts), guessing, *cells))
     if not rows:
@@ -274,9 +299,9 @@ def write(out: epath.Path, told: report.Table, done: Sequence[Answered], notes: 
     print(f"wrote {report.write(out / 'report.html', 'Public sets', blocks)}")
 
 
-def held(gate: gates.Gate, results: gates.Results, seed: int) -> bool:
+def held(gate: gates.Gate, results: gates.Results, scorers: Sequence[str], seed: int) -> bool:
     """Whether all models keep to the gate; says which don't, and why."""
-    failed = gates.failures(gate, results, seed=seed)
+    failed = gates.failures(gate, results, scorers=scorers, seed=seed)
     if not failed:
         print("gate: none of the models was asked any of its tasks")
     for model, sentences in failed.items():
@@ -296,13 +321,16 @@ def main(program: Suite) -> None:
     sets = {name: tasks.read(name, folder, own.get(name), program.shots, program.rows) for name in asked}
     if gate is not None:
         figures = {name: list(tasks.figures_of(name, read.items)) for name, read in sets.items()}
-        gates.check(gate, str(program.gate), figures, names)
+        baseline = (program.baseline or names[0]) if "wins" in asked else None
+        gates.check(gate, str(program.gate), figures, names, baseline)
     out = epath.Path(os.path.expanduser(program.out))
     check_writable(out, "out", "--out")
     run.use_compile_cache()
     examinees = {name: opened(path, name, program) for name, path in zip(names, program.models, strict=True)}
-    for examinee in examinees.values():
-        able(examinee, asked)
+    can = {name: able(examinee, asked) for name, examinee in examinees.items()}
+    scorers = [name for name, examinee in examinees.items() if not examinee.writes]
+    if gate is not None:
+        gates.check_kinds(gate, str(program.gate), can, scorers)
     against = None
     if program.judge is not None:
         against = against_of(program, examinees, opened(program.judge, "the judge", program, "--judge"))
@@ -314,7 +342,7 @@ def main(program: Suite) -> None:
     told = table(results, sets)
     tell(told)
     write(out, told, done, notes, program)
-    if gate is not None and not held(gate, results, program.seed):
+    if gate is not None and not held(gate, results, scorers, program.seed):
         raise SystemExit(1)
 
 

@@ -13,13 +13,15 @@ from experiments import constitutional as program
 from experiments.constitutional import run_all
 from rlhf_jax import fields, flags, run, worlds
 from rlhf_jax.chain import stage as chain_stage
-from rlhf_jax.constitutional import blocks, checks, human, stages
+from rlhf_jax.constitutional import blocks, checks, human, measure, stages
 from rlhf_jax.constitutional.config import STAGES, Constitutional, after, filled
 from rlhf_jax.constitutional.measure import HELPFUL, ONLY, REVISED, Measured, View
 from rlhf_jax.data import world_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.intervals import Estimate
+from rlhf_jax.feedback.revision import Revised
 from rlhf_jax.members import Member
+from rlhf_jax.workdir import open_policy
 from tests import tiny
 from tests.test_run import arrays, lines
 
@@ -76,6 +78,10 @@ def made(whole, tmp_path_factory) -> pathlib.Path:
     return place
 
 
+def brief(prompts: list[Any], completions: list[str], **columns: list[Any]) -> list[float]:
+    return [-float(len(text)) for text in completions]
+
+
 def never(*arguments: object, **named: object) -> None:
     raise AssertionError("nothing was to be done")
 
@@ -90,7 +96,7 @@ def test_every_stage_can_be_looked_at(made):
     assert told["human"] == 11 and told["final"] == "dpo"
     rows = lines(made / "revisions" / "revisions.jsonl")
     assert len(rows) == 12 and all(len(row["answers"]) == 3 and len(row["principles"]) == 2 for row in rows)
-    last = {row["prompt"]: row["answers"][-1] for row in rows if row["answers"][-1].strip()}
+    last = {row["prompt"]: row["answers"][-1] for row in rows if row["answers"][-1].strip() and not all(row["kept"])}
     assert {r["prompt"]: r["completion"] for r in lines(made / "revisions" / "demonstrations.jsonl")} == last
     labels = lines(made / "labels" / "ai.jsonl")
     assert told["labels"] == len(labels) and {row["prompt"] for row in labels} <= {row["prompt"] for row in rows}
@@ -165,6 +171,93 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(whole, made, tmp_path, mon
             np.testing.assert_array_equal(value, theirs[name], err_msg=name)
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (place, made))
     assert ours == theirs
+
+
+def test_a_stage_that_is_gone_is_made_again(whole, made, tmp_path):
+    place = tmp_path / "some"
+    place.mkdir()
+    for name in ("results.json", "report.html"):
+        (place / name).write_bytes((made / name).read_bytes())
+    for stage in whole.made:
+        (place / stage).mkdir()
+        for mark in ("config.json", "revisions.jsonl", "ai.jsonl"):
+            (place / stage / mark).write_text("")
+    assert program.finished(whole, epath.Path(place)) is not None
+    (place / "helpful_dpo" / "config.json").unlink()
+    assert program.finished(whole, epath.Path(place)) is None
+
+
+def test_a_critic_that_revises_nothing_is_an_error(whole, made, tmp_path, monkeypatch):
+    def kept(w: Any, critic: Any, prompts: Any, answers: Any, samplers: Any) -> list[Revised]:
+        pairs = zip(prompts, answers, strict=True)
+        return [Revised(prompt, (text, text), ("",), ("manners",), ("it didn't end",)) for prompt, text in pairs]
+
+    monkeypatch.setattr(stages.writing, "revise", kept)
+    given = fields.replace(whole, {"inputs.helpful": str(made / "helpful" / "model-20")})
+    with pytest.raises(
+        UserError, match=r"revisions: no answer was revised \(round 1 changed 0 of 12 .*; raise --config"
+    ):
+        stages.train(given, str(tmp_path / "new"))
+    assert not (tmp_path / "new" / "revisions").exists()
+
+
+def test_a_model_that_was_written_out_is_not_taken_for_another(made, tmp_path):
+    one, other = (open_policy(str(made / name)) for name in ("helpful", "revised"))
+    place = epath.Path(tmp_path)
+    folder = chain_stage.model_folder(one, place)
+    assert folder == str(tmp_path / "model-20") == chain_stage.model_folder(one, place)
+    with pytest.raises(UserError, match=r"model-20 was written from another model than the one of step 20 that is"):
+        chain_stage.model_folder(other._replace(step=20), place)
+    (tmp_path / "model-20.of").unlink()  # as older folders are
+    assert chain_stage.model_folder(one, place) == folder
+    assert (tmp_path / "model-20.of").read_text() == one.identify()
+
+
+def test_people_s_pairs_do_not_change_behind_a_stage(whole, made, tmp_path):
+    people = tmp_path / "people.jsonl"
+    people.write_bytes(pathlib.Path(whole.human).read_bytes())
+    given = fields.replace(whole, {"human": str(people), "inputs.helpful": str(made / "helpful" / "model-20")})
+    place = epath.Path(tmp_path / "run")
+    run_of = stages._Stages(given, place)
+    run_of.left["helpful"] = str(given.inputs.helpful)
+    file = pathlib.Path(run_of._people(str(people)))
+    assert file.read_bytes() == (made / "human.jsonl").read_bytes()
+    people.write_text("".join(people.read_text().splitlines(keepends=True)[1:]))
+    run_of._people(str(people))  # nothing is made with them yet
+    before = file.read_bytes()
+    (tmp_path / "run" / "helpful_dpo").mkdir()
+    (tmp_path / "run" / "helpful_dpo" / "config.json").write_text("")
+    run_of._people(str(people))
+    people.write_text("".join(people.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"are not those in .*human.jsonl, and helpful_dpo is made with these; put"):
+        run_of._people(str(people))
+    assert file.read_bytes() == before
+
+
+def test_labels_that_are_given_are_counted_whatever_their_form(whole, tmp_path):
+    file = tmp_path / "labels.json"
+    rows = [{"prompt": "Q", "chosen": "a", "rejected": "b", "probability": 1.0}] * 3
+    file.write_text(json.dumps(rows, indent=1))
+    assert measure._count(whole, str(file)) == 3
+
+
+def test_how_far_a_scorer_agrees_is_left_open_where_it_can_not_be_told(whole, made, monkeypatch, capsys):
+    pairs = lines(made / "labels" / "ai.jsonl")
+    prompt = lines(pathlib.Path(whole.prompts))[0]["prompt"]
+    told = lambda given: measure._agrees(whole, given)
+    polite, rude = {"prompt": prompt, "chosen": "good", "rejected": "bad"}, {"prompt": prompt, "chosen": "bad",
+                                                                           "rejected": "good"}  # fmt: skip
+    by_word = lambda prompts, completions, **columns: [float(text == "good") for text in completions]
+    monkeypatch.setattr(measure, "_scorer", lambda *a: by_word)
+    found = told([polite, polite, rude, polite | {"prompt": "no longer there"}])
+    assert found is not None and found.mean == pytest.approx(2 / 3)
+    assert told([polite | {"prompt": "no longer there"}]) is None and told([]) is None
+
+    def reads(prompts, completions, answers, **columns):
+        return [1.0 for _ in prompts]
+
+    monkeypatch.setattr(measure, "_scorer", lambda *a: reads)
+    assert told(pairs or [polite]) is None and "harmless can't score them (TypeError: " in capsys.readouterr().out
 
 
 # ---- how stages are composed
@@ -287,6 +380,16 @@ REFUSED = [
     ({"dpo.algorithm": "sft"}, "--config.dpo.algorithm=sft is not allowed; it must be preference"),
     ({"dpo.loss.beta": -1.0}, "dpo: --config.dpo.loss.beta=-1.0 is not allowed"),
     ({"inputs.revised": "nowhere/at/all"}, "nowhere/at/all"),
+    (
+        {"revised.data.weights": (1.0,)},
+        r"revised: --config.revised.data.weights has 1 numbers, and the stage reads 2 fil",
+    ),
+    ({"dpo.data.weights": (1.0, 0.0)}, r"--config.dpo.data.weights=1.0,0.0 is not allowed; each must be above 0"),
+    ({"inputs.final": "world:huge"}, "there is no world:huge"),
+    ({"inputs.helpful_only": "world:tiny/answers"}, "--config.inputs.helpful_only=world:tiny/answers names rows"),
+    ({"inputs.reward": "m"}, "--config.inputs.reward is not read, since no ppo is made here; drop it"),
+    ({"inputs.labels": "f", "inputs.final": "m"}, "--config.inputs.labels is not read, since no dpo or reward is made"),
+    ({"inputs.revisions": "f", "inputs.revised": "m"}, "--config.inputs.revisions is not read, since no revised is"),
     ({"inputs.labels": "no.jsonl"}, "there is no data file or folder no.jsonl; check --config.inputs.labels"),
 ]
 
@@ -316,6 +419,33 @@ def test_prompts_are_looked_at_before_the_first_stage(whole, tmp_path, monkeypat
         refused(evaluate__harmless__prompts=whole.prompts)
     with pytest.raises(UserError, match="--workdir is empty"):
         stages.train(whole, "")
+    with pytest.raises(UserError, match="mine.jsonl:1 is no prompt of the .*--config.evaluate.harmless.scorer=my_pkg"):
+        refused(prompts=str(mine))
+    with pytest.raises(UserError, match=r"mine.jsonl:1 of --config.inputs.labels has no column probability; give it"):
+        refused(inputs__labels=str(mine))
+    side = {"evaluate__helpful__prompts": str(mine), "evaluate__helpful__scorer": "tests.test_constitutional:brief"}
+    for name, text in {
+        "helpful_prompts": '{"prompt": "Tell me a story. "}',
+        "human": '{"prompt": "Tell me a story.", "chosen": "a", "rejected": "b"}',
+        "demonstrations": '{"messages": [{"role": "user", "content": "Tell me a story."}, '
+        '{"role": "assistant", "content": "No."}]}',
+    }.items():
+        own = tmp_path / f"{name}.jsonl"
+        own.write_text(f"{text}\n")
+        given = {name: (str(own),) if name == "demonstrations" else str(own), "human_probability": None}
+        given |= {"final": "ppo"} if name == "helpful_prompts" else {}
+        given |= {"revised__data__weights": ()}
+        with pytest.raises(UserError, match=rf"mine.jsonl:1 of .*helpful.prompts is also .*, .*{name}.jsonl:1; drop"):
+            refused(**side, **given)
+    offers = '"tools": [{"type": "function", "function": {"name": "f"}}]'
+    mine.write_text(f'{{"prompt": [{{"role": "user", "content": "Tell me a story."}}], {offers}}}\n')
+    with pytest.raises(UserError, match=r"mine.jsonl:1 of --config.evaluate.helpful.prompts offers tools"):
+        refused(**side)
+    pair = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    pair["prompt"] = [{"role": "user", "content": "Q"}]
+    mine.write_text(f"{json.dumps(pair)[:-1]}, {offers}}}\n")
+    with pytest.raises(UserError, match=r"mine.jsonl:1 of --config.human offers tools"):
+        refused(human=str(mine), human_probability=None)
     rules = tmp_path / "rules.toml"
     rules.write_text('[[principle]]\nname = "a"\npreference = "Which?"\n')
     with pytest.raises(UserError, match="no principle of .*rules.toml has a critique and a revision"):
@@ -355,6 +485,13 @@ def test_the_report_says_what_became_of_harm_and_of_help():
     worse = view(helpful=0.3, round_1=0.5, round_2=0.5, revised=0.2, dpo=0.2, helpful_only=0.3)
     said = " ".join(blocks.verdict(measured(worse, use)))
     assert "It does not rise clearly with each round: round 2 by 0.00, " in said and "is less harmless" in said
+    given = measured(good, use)._replace(given=("labels", "helpful_only", "final"))
+    said = " ".join(blocks.verdict(given))
+    assert (
+        "Against the helpful model, the last" in said and "Against the model of --config.inputs.helpful_only, " in said
+    )
+    assert "300 labels were given, and who made them is not known here" in said
+    assert "No person" not in said and "nothing was trained" not in said
     table = blocks.table(measured(good, use))
     assert [row[0] for row in table.rows] == [HELPFUL, "round 1", "round 2", REVISED, "dpo", ONLY]
 

@@ -123,12 +123,23 @@ def test_a_prompt_is_revised_alike_whatever_stands_beside_it():
 
 def test_rows_are_written_and_read_again():
     talk = (Message("user", "Hi"), Message("assistant", "Yo", '{"thinking":"x"}'), Message("user", "So?"))
-    found = revise([talk, "Hi\n", "Hi\n"], ["No.", " No.", " "], RULES, Scripted(lambda *a: ""), rounds=2)
+    found = revise([talk, "Hi\n", "Hi\n"], ["Ugh.", " Ugh.", " "], RULES, Scripted(lambda *a: "No."), rounds=2)
+    found[2] = found[2]._replace(answers=(" ", "No.", " "))
     assert [from_row(json.loads(json.dumps(one.row))) for one in found] == found
     rows = list(demonstrations(found))
     assert rows[1] == {"prompt": "Hi\n", "completion": " No."} and len(rows) == 2
     assert rows[0]["completion"] == [{"role": "assistant", "content": "No."}]
     assert rows[0]["prompt"][1] == {"role": "assistant", "content": "Yo", "thinking": "x"}
+
+
+def test_only_what_a_round_has_revised_is_imitated():
+    once = lambda text, place, number: "Sorry." if (place, number) in {(0, 2), (0, 3), (2, 4), (2, 5)} else ""
+    found = revise(["A\n", "B\n", "C\n"], ["Harm."] * 3, RULES, Scripted(once), rounds=2)
+    assert [one.kept for one in found] == [("", NO_CRITIQUE), (NO_CRITIQUE, NO_CRITIQUE), (NO_CRITIQUE, "")]
+    assert [row["prompt"] for row in demonstrations(found)] == ["A\n", "C\n"]
+    assert told(found).endswith("; 2 stayed as they were: there was no critique of it. 1 answers were never revised, "
+                                "and are not imitated")  # fmt: skip
+    assert "never revised" not in told([found[0], found[2]])
 
 
 # ---- the model that writes
@@ -147,7 +158,7 @@ def test_what_a_model_writes_is_of_its_place_and_number(subject):
     write = Writer(subject, Sampling(max_new_tokens=6), seed=1, samplers=Samplers())
     asked = ["One?\n", "Another?\n", "x" * 91, "Third?\n"]
     whole = write(asked, [0, 1, 2, 3], 2)
-    assert whole[2] == Written(None, whole[2].ended, "longer than the judge's context") and not write.chat
+    assert whole[2] == Written(None, whole[2].ended, "the model's context had no room for it") and not write.chat
     assert write([asked[3], asked[1]], [3, 1], 2) == [whole[3], whole[1]]
     assert write([asked[3]], [3], 3) != [whole[3]] and write([asked[3]], [2], 2) != [whole[3]]
     assert write(["x" * 91], [0], 2)[0].text is None and write([], [], 2) == []
@@ -197,6 +208,12 @@ def test_pairs_are_judged_under_their_principles_and_become_soft_labels():
     )
     clamped = label(["Q\n"] * 5, answers, principles, form, by_length, clamp=True)
     assert [row["probability"] for row in clamped.rows] == [0.6, 0.6]
+
+
+def test_pairs_with_an_empty_answer_are_left_out():
+    form = Form(Template("{prompt} {first} {second}", "{question}"))
+    found = label(["Q\n"] * 3, [[" ", "abcd"], ["ab", ""], ["ab", "abcd"]], WAYS[:1] * 3, form, by_length)
+    assert found.left == {ai_preference.EMPTY: 2} and [row["chosen"] for row in found.rows] == ["abcd"]
 
 
 def test_pairs_of_messages_stay_messages():

@@ -120,6 +120,7 @@ def test_the_shift_is_paired_and_a_question_of_several_users_is_one_unit():
     biased, neutral, shift = choice.sycophancy(items, by(table)).figures
     assert (biased.estimate.mean, neutral.estimate.mean, shift.estimate.mean) == (0.625, 0.25, 0.375)
     assert shift.values == {"f:0": 1.0, "f:1": 0.0, "f:2": 0.0, "f:3": 0.5} and shift.chance == 0.0
+    assert shift.units == {"f:0": "same", "f:1": "same", "f:2": "u2", "f:3": "u3"}
     assert estimated(items, [1, 1, 0, 0]).low < wilson(0.5, 4).low  # three units tell less than four
 
 
@@ -132,7 +133,16 @@ def test_constraints_are_counted_alone_and_prompts_whole():
     assert (prompts.count, prompts.estimate.mean) == (1, 0.0)  # one can be checked whole, and its case is wrong
     assert (own.count, own.estimate.mean) == (3, 2 / 3)
     assert found.left == {f"f:{n}": "not checked: language:response_language" for n in (1, 2)}
-    assert found.samples[0]["held"] == {"punctuation:no_comma": 1.0, "change_case:english_lowercase": 0.0}
+    assert found.samples[0]["held"] == [("punctuation:no_comma", 1.0), ("change_case:english_lowercase", 0.0)]
+
+
+def test_two_constraints_of_one_kind_are_two():
+    kinds = ["keywords:existence"] * 2
+    given = [{"keywords": ["yes"]}, {"keywords": ["no"]}]
+    one = item(1, (), (), columns={"instruction_id_list": kinds, "kwargs": given})
+    found = generated.constraints([one], Made(write=lambda asked: "Yes."), 0, None)
+    assert found.samples[0]["held"] == [("keywords:existence", 1.0), ("keywords:existence", 0.0)]
+    assert (found.figures[1].count, found.figures[1].estimate.mean) == (2, 0.5)
 
 
 def test_what_is_too_long_is_left_out_and_named():
@@ -149,6 +159,8 @@ def test_what_is_too_long_is_left_out_and_named():
     pairs = preferred.preferred(items, Made(weigh=weigh, better=lambda pair: None if pair.prompt == "p1" else 0.9))
     assert pairs.left == {"f:1": f"{long}; not judged, it was told not to"}
     assert [figure.count for figure in pairs.figures] == [1, 1, 1]
+    odd = preferred.preferred(items, Made(better=lambda pair: math.nan if pair.prompt == "p1" else 0.9))
+    assert odd.left == {"f:1": "not judged, its probability is not a number"} and odd.figures[2].count == 1
     nothing = choice.accuracy(items[:1], Made(weigh=weigh))
     assert nothing.figures == [] and list(nothing.left) == ["f:1"]
 

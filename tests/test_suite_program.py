@@ -9,6 +9,8 @@ import pytest
 from experiments import suite as program
 from rlhf_jax import flags
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluate.intervals import Estimate
+from rlhf_jax.evaluate.suite.items import Figure
 from rlhf_jax.evaluate.suite.tasks import TASKS
 from tests import tiny
 
@@ -124,6 +126,13 @@ def made(place: pathlib.Path, **changes: Any) -> program.Suite:
         ({"data": ()}, "there is no data; give --data=FOLDER"),
         ({"data": ("a", "b")}, "has two folders; give one"),
         ({"data": ("mmmlu=x",)}, "there is no task 'mmmlu'"),
+        ({"data": ("a", "mmlu=")}, "--data=a,mmlu= gives mmlu no file; write mmlu=FILE, once"),
+        ({"data": ("mmlu=a", "mmlu=b")}, "--data=mmlu=a,mmlu=b gives mmlu two places; write mmlu=FILE, once"),
+        ({"top_k": 5, "tasks": ("xstest",)}, "--top_k changes nothing at --temperature=0"),
+        ({"top_p": 0.5, "tasks": ("xstest",)}, "--top_p changes nothing at --temperature=0"),
+        ({"min_p": 0.5, "tasks": ("xstest",)}, "--min_p changes nothing at --temperature=0"),
+        ({"template": "nowhere.txt", "tasks": ("llmbar",)}, "there is no template nowhere.txt; check --template"),
+        ({"chat_template": "nowhere.jinja"}, "there is no chat template nowhere.jinja; check --chat_template"),
         ({"data": ("a", "xstest=x")}, "--data=xstest=x is of a task that isn't run"),
         ({"data": ("/nowhere",)}, "there is no /nowhere/mmlu/test.jsonl for the task mmlu"),
         ({"gate": "nowhere.toml"}, "there is no file nowhere.toml; check --gate"),
@@ -140,6 +149,23 @@ def test_a_gate_is_held_to_the_tasks_before_a_model_is_opened(data, tmp_path):
         program.main(made(data, gate=str(tmp_path / "gate.toml")))
     with pytest.raises(UserError, match="model folder 'nowhere' doesn't exist"):
         program.main(made(data, out=str(tmp_path / "out")))
+
+
+def test_guessing_is_told_of_every_model(data):
+    made = lambda chance: {"mmlu": {"accuracy": Figure("accuracy", Estimate(0.5, 0.4, 0.6), 4, chance)}}
+    read = {"mmlu": program.tasks.read("mmlu", str(data))}
+    guessing = lambda *chances: program.table({f"m{n}": made(c) for n, c in enumerate(chances)}, read).rows[0][3]
+    assert (
+        guessing(0.25, 0.25) == "25.0%" and guessing(0.5, 0.25, None) == "25.0% or 50.0%" and guessing(None) == "none"
+    )
+
+
+def test_a_gate_is_held_to_the_kinds_of_the_models_before_they_are_asked(folder, data, tmp_path, monkeypatch):
+    (tmp_path / "gate.toml").write_text("[llmbar]\nscored = {at_least = 0.1}\n")
+    monkeypatch.setattr(program, "examine", lambda *given: pytest.fail("it was asked"))
+    gate = str(tmp_path / "gate.toml")
+    with pytest.raises(UserError, match="asks for llmbar.scored, which a reward model has, and none of the models"):
+        program.main(made(data, models=(str(folder),), tasks=("llmbar",), gate=gate, out=str(tmp_path / "out")))
 
 
 def test_a_reward_model_does_pairs_alone():

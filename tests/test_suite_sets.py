@@ -44,7 +44,9 @@ def test_every_number_and_every_rest_of_bbh_is_somewhere(data, shared):
 
 def test_no_letters_of_a_markup_are_left(data):
     for item in tasks.read("sycophancy", data).items:
-        assert item.twin is not None and item.twin.prompt in (item.unit,) and item.prompt != item.unit
+        assert item.twin is not None and item.twin.prompt == item.unit != item.prompt
+        # All that the two sides differ in is the biography, which stands before the question.
+        assert item.prompt.endswith(item.unit)
         for text in (item.prompt, item.unit):
             assert "<|" not in text and text.endswith("\n\nAnswer:") and not text.startswith(("user", "\n"))
 
@@ -124,10 +126,48 @@ def test_examples_stand_before_the_question(data):
     three = tasks.read("mmlu", data, count=3, most=1).items[0].prompt
     assert three.count("\nAnswer:") == 4 and three.endswith("Answer:") and three.count("The following are") == 1
     asked = tasks.read("truthfulqa", data, count=6, most=1).items[0].asked("x")
-    assert asked.plain.count("\nA:") == 7 and asked.prompt.count("\n") == 0
+    assert asked.plain.count("\nA:") == 7 and asked.prompt == asked.plain
+    assert "\n" not in tasks.read("truthfulqa", data, most=1).items[0].prompt
     solved = tasks.read("gsm8k", data, count=2, most=1).items[0].asked()
     assert solved.plain.count("####") == 2 and solved.plain.endswith("\nAnswer:") and solved.prompt == solved.plain
     assert "####" not in tasks.read("gsm8k", data, most=1).items[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "says"),
+    [
+        ("gsm8k", {"question": "q", "answer": "#### many"}, "'#### many' is no number"),
+        ("bbh_numbers", {"task": "object_counting", "input": "q", "target": "three"}, "'three' is no number"),
+        ("ifeval", {"kwargs": [{"commas": 1}]}, r"no_comma' can't be checked with the kwargs \{'commas'"),
+        ("ifeval", {"kwargs": [3]}, "their kwargs not objects"),
+        ("ifeval", {"instruction_id_list": [["a"]], "kwargs": [{}]}, "its constraints aren't texts"),
+        ("ifbench", {"instruction_id_list": ["count:numbers"], "kwargs": [{"M": 1}]}, "can't be checked with the kw"),
+        ("ifbench", {"instruction_id_list": ["count:word_count_range"],
+                     "kwargs": [{"min_words": "a", "max_words": 3}]}, "its constraints can't be checked"),
+    ],
+)  # fmt: skip
+def test_what_no_answer_could_be_held_to_is_seen_when_it_is_read(name, row, says):
+    given = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"]} if name.startswith("if") else {}
+    with pytest.raises(Refusal, match=says):
+        tasks.TASKS[name].reader(given | row, "f:1", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row"),
+    [
+        ("mmlu", "mmlu/dev.jsonl", {"subject": "s", "question": "q", "choice0": 1}),
+        ("mmlu", "mmlu/dev.jsonl", {"question": "q", "answer": "0"} | {f"choice{i}": "1" for i in range(4)}),
+        ("mmlu", "mmlu/dev.jsonl", {"subject": "s", "question": "q", "answer": "7"} | dict.fromkeys(
+            (f"choice{i}" for i in range(4)), "1")),
+        ("gsm8k", "gsm8k/train.jsonl", {"question": "q"}),
+        ("gsm8k", "gsm8k/train.jsonl", {"question": 3, "answer": "#### 1"}),
+    ],
+)  # fmt: skip
+def test_an_example_that_is_none_is_named(tmp_path, name, file, row):
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"{file}:1 can't be used as an example \(.*not .*\); mend it or drop --shots"):
+        tasks.read(name, str(tmp_path), count=1)
 
 
 @pytest.mark.parametrize(

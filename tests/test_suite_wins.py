@@ -1,6 +1,7 @@
 """Win rates: both orders, ties a half, and length taken out of them, against a fit by brute force."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -31,6 +32,7 @@ def test_a_pair_is_asked_in_both_orders_and_a_tie_is_a_half(ahead, behind, wante
 
 def test_a_verdict_without_orders_counts_once_and_none_not_at_all():
     assert won(Verdict(0.7)) == 1.0 and won(Verdict(0.5)) == 0.5 and won(both(None, 0.4, "too long")) is None
+    assert won(both(math.nan, 0.4)) is None and won(Verdict(math.nan)) is None
 
 
 def test_the_fit_is_the_maximum_of_its_likelihood():
@@ -68,6 +70,24 @@ def test_it_is_finite_where_one_side_wins_everything_or_lengths_are_equal():
     assert controlled(np.full(20, 0.5), lengths).rate.mean == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "share"),
+    [
+        ([(3, 3)] * 20, None),  # all equal: as they are is what it would be at equal length
+        ([(3, 3)] * 10 + [(3, 9)] * 10, None),
+        ([(3, 9)] * 9 + [(9, 3)], None),
+        ([(3, 9)] * 19 + [(3, 3)], "0%"),
+        ([(9, 3)] * 19 + [(3, 3)], "95%"),
+        ([], None),
+    ],
+)
+def test_equal_lengths_are_no_extrapolation(lengths, share):
+    wanted = (
+        "" if share is None else f"length_controlled extrapolates: ours is the longer answer to {share} of the prompts"
+    )
+    assert extrapolated(lengths) == wanted
+
+
 def test_published_judgements_are_freed_of_length(shared: pathlib.Path):
     # A real judge's verdicts on gpt-3.5-turbo-0301, whose answers are short: without length it wins more.
     file = shared / "data/alpaca-eval-judges/gpt-3.5-turbo-0301.weighted_alpaca_eval_gpt4_turbo.jsonl"
@@ -81,10 +101,10 @@ def test_published_judgements_are_freed_of_length(shared: pathlib.Path):
 
 
 def test_wins_are_those_of_the_judge_and_what_has_no_verdict_is_left_out():
-    items = [Item(f"f:{n}", f"p{n}") for n in range(5)]
+    items = [Item(f"f:{n}", f"p{n}") for n in range(6)]
     ours = Made("ours", write=lambda a: Refusal("too long") if a.prompt == "p4" else f"long answer to {a.prompt}")
     theirs = Made("theirs", write=lambda a: f"to {a.prompt}")
-    said = {"p0": (0.9, 0.8), "p1": (0.9, 0.2), "p2": (0.1, 0.3), "p3": (None, 0.5)}
+    said = {"p0": (0.9, 0.8), "p1": (0.9, 0.2), "p2": (0.1, 0.3), "p3": (None, 0.5), "p5": (math.nan, 0.5)}
     seen = []
 
     def judge(pairs):
@@ -94,6 +114,7 @@ def test_wins_are_those_of_the_judge_and_what_has_no_verdict_is_left_out():
     found = wins(items, ours, 0, Against("theirs", theirs.answers, judge))
     rate, length = found.figures
     assert rate.values == {"f:0": 1.0, "f:1": 0.5, "f:2": 0.0} and rate.chance == length.chance == 0.5
-    assert found.left == {"f:4": "too long", "f:3": "not judged, no letter"}
+    not_judged = {"f:3": "not judged, no letter", "f:5": "not judged, its probability is not a number"}
+    assert found.left == {"f:4": "too long"} | not_judged
     assert seen[0] == ("long answer to p0", "to p0") and found.samples[0]["other"] == "to p0"
     assert wins(items, theirs, 0, Against("theirs", theirs.answers, judge)).figures == []

@@ -12,7 +12,7 @@ from rlhf_jax import fields, run, sweep
 from rlhf_jax.config import Config
 from rlhf_jax.errors import UserError
 from rlhf_jax.models import checkpoint as hf
-from rlhf_jax.workdir import Policy, best_step, check_writable, load_config
+from rlhf_jax.workdir import Policy, best_step, check_note, check_writable, load_config
 
 
 @contextlib.contextmanager
@@ -36,13 +36,24 @@ def train(config: Config, folder: epath.Path, stage: str, section: str | None = 
 
 
 def model_folder(policy: Policy, place: epath.Path) -> str:
-    """A run's model written out for others to start from, whole or not at all: `place`/model-STEP."""
+    """A run's model written out for others to start from, whole or not at all: `place`/model-STEP.
+
+    Errors: UserError where one of that step lies there that another model was written to.
+    """
     # By the step: of a run that went on it is another model.
     made, part = (place / f"model-{policy.step}{end}" for end in ("", ".part"))
-    if not made.exists():
+    note, own = place / f"{made.name}.of", policy.identify()
+    if made.exists():
+        says = (
+            f"{os.fspath(made)} was written from another model than the one of step {policy.step} that is given now; "
+            "delete it and what was made from it, or give another --workdir."
+        )
+        check_note(note, own, says, write=True)  # older folders have no note
+    else:
         part.rmtree(missing_ok=True)
         hf.write(part, policy.model, policy.params)
         policy.tokenizer.save_pretrained(os.fspath(part))
+        note.write_text(own)  # without the folder it says nothing
         part.rename(made)
     return os.fspath(made)
 

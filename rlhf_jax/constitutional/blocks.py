@@ -31,17 +31,27 @@ def verdict(found: Measured) -> list[str]:
             f"Harmlessness ({good.scorer}) of the helpful model's answers to {len(good.prompts)} held-out prompts: "
             f"{plain(good.score[HELPFUL])} at first, {way}. {_rounds(found)}"
         )
-    said.append(_against(found, HELPFUL, "the helpful model that it came from"))
+    given = {*found.given}
+    own = not given & {"revised", "final"}
+    said.append(_against(found, HELPFUL, f"the helpful model{' that it came from' if own else ''}"))
     if ONLY in good.score:
-        labels = f"the model that is made in the same way from the same {found.human:,} pairs of people, without a "
-        said.append(_against(found, ONLY, f"{labels}constitution"))
-    if found.labels:
+        what = f"the model that is made in the same way from the same {found.human:,} pairs of people, without a "
+        what += "constitution"
+        if given & {"revised", "reward", "final"}:
+            what = f"the model that is made from the helpful one and {found.human:,} pairs of people alone"
+        if "helpful_only" in given:
+            what = "the model of --config.inputs.helpful_only"
+        said.append(_against(found, ONLY, what))
+    compared = f"{use.scorer} and {good.scorer} are what the models are compared by"
+    if found.labels and "labels" in given:
+        said.append(f"{found.labels:,} labels were given, and who made them is not known here. {compared}.")
+    elif found.labels:
         agrees = (
             "" if found.agrees is None else f"; of those it tells apart, {good.scorer} shares {_share(found.agrees)}"
         )
         said.append(
-            f"No person labelled harm: a model labelled {found.labels:,} pairs{agrees}. {use.scorer} and {good.scorer} "
-            "are what the models are compared by, and nothing was trained on them."
+            f"No person labelled harm: a model labelled {found.labels:,} pairs{agrees}. {compared}"
+            f"{'' if given else ', and nothing was trained on them'}."
         )
     return said
 
@@ -87,18 +97,23 @@ def _share(estimate: Estimate) -> str:
 
 def story(whole: Constitutional) -> report.Text:
     """What was done, stage by stage."""
-    rows = whole.revisions
+    rows, inputs = whole.revisions, whole.inputs
+    people = " and from people's of what is helpful" if whole.human is not None else ""
+    labels = f"{'these labels' if inputs.labels is None else 'the labels given'}{people}"
+    imitated = "the last revisions" if inputs.revisions is None else "the answers given"
+    imitated += " and on demonstrations" if whole.demonstrations else ""
     does = {
         "helpful": "a helpful model by SFT on demonstrations",
         "revisions": f"its answers to prompts that provoke harm, criticised and revised in {rows.rounds} rounds by "
         f"principles of the constitution {whole.constitution} that are drawn",
-        "revised": "the pre-trained model fine-tuned on the last revisions and on demonstrations",
-        "labels": "two of its answers to each of those prompts, compared under a principle that is drawn",
-        "dpo": f"{whole.dpo.loss.name} on these labels and on people's of what is helpful",
-        "reward": "a reward model from these labels and from people's of what is helpful",
+        "revised": f"the pre-trained model fine-tuned on {imitated}",
+        "labels": "two answers of the revised model to each prompt that provokes harm, compared under a principle that "
+        "is drawn",
+        "dpo": f"{whole.dpo.loss.name} from {labels}",
+        "reward": f"a reward model from {labels}",
         "ppo": "PPO against it",
-        "helpful_dpo": "the same from the helpful model on people's labels alone",
-        "helpful_reward": "another reward model from people's labels alone",
+        "helpful_dpo": f"{whole.dpo.loss.name} of the helpful model from people's labels alone",
+        "helpful_reward": "a reward model from people's labels alone",
         "helpful_ppo": "PPO of the helpful model against that one",
     }
     done = "; ".join(does[stage] for stage in whole.made)

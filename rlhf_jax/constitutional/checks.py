@@ -1,15 +1,20 @@
 """What is refused before the first stage."""
 
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import registry, run, worlds
+from rlhf_jax import fields, registry, run, worlds
 from rlhf_jax.chain import checks as chain
 from rlhf_jax.chain.stage import named
+from rlhf_jax.config import Config
 from rlhf_jax.constitutional import human
-from rlhf_jax.constitutional.config import FILLED, STAGES, Constitutional, filled
+from rlhf_jax.constitutional.config import FILLED, PROBABILITY, STAGES, Constitutional, filled
 from rlhf_jax.constitutional.writing import examples, local
-from rlhf_jax.data import prompts
+from rlhf_jax.data import dataset, formats, prompts, sources
 from rlhf_jax.data.prompts import Asked
+from rlhf_jax.data.rows import Demonstration, Left, Message, Refusal, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.scorers import SCORERS
 from rlhf_jax.feedback import ai_preference, constitution
@@ -19,6 +24,7 @@ from rlhf_jax.workdir import open_policy, open_rewards
 
 OF_THE_WORLD = ("gold", "harmless", "refused")  # scorers of its prompts alone
 SIDES = ("harmless", "helpful")
+NAMES: Mapping[str, str] = {name: name for name in (*STAGES, "human")}  # of what the stages will leave
 
 
 def check(whole: Constitutional) -> None:
@@ -32,12 +38,20 @@ def check(whole: Constitutional) -> None:
         _check_revisions(whole)
     if "labels" in made:
         _check_labels(whole)
-    if made & {"revisions", "labels", "ppo"}:
-        chain.check_prompts(whole.prompts, "--config.prompts")
-    if made & {"ppo", "helpful_ppo"} and whole.helpful_prompts is not None:
-        chain.check_prompts(whole.helpful_prompts, "--config.helpful_prompts")
+    for flag, path in _prompts(whole).items():
+        chain.check_prompts(path, flag)
     _check_evaluation(whole)
     _check_inputs(whole)
+
+
+def _prompts(whole: Constitutional) -> dict[str, str]:
+    """The files of prompts that a stage reads, by their flags."""
+    made, others = {*whole.made}, whole.helpful_prompts
+    reads = {"revisions", "labels", "ppo", *(["helpful_ppo"] if others is None else [])}
+    found = {"--config.prompts": whole.prompts} if made & reads else {}
+    if others is not None and made & {"ppo", "helpful_ppo"}:
+        found["--config.helpful_prompts"] = others
+    return found
 
 
 def _check_given(whole: Constitutional) -> None:
@@ -65,8 +79,22 @@ def _check_stage(whole: Constitutional, stage: str) -> None:
     config = getattr(whole, section)
     chain.check_section(section, config, FILLED[section], algorithm)
     with named(stage, section):
-        chain.check_whole(filled(whole, stage, dict.fromkeys((*STAGES, "human"), "made")))
+        whole_config = filled(whole, stage, NAMES)
+        _check_weights(whole_config)
+        chain.check_whole(whole_config)
         chain.check_rows(config)
+
+
+def _check_weights(config: Config) -> None:
+    """What training says of them too, when the stages before it are done."""
+    weights, paths = config.data.weights, config.data.path
+    if weights and len(weights) != len(paths):
+        raise UserError(
+            f"--config.data.weights has {len(weights)} numbers, and the stage reads {len(paths)} files "
+            f"({', '.join(paths)}); give one each, in that order."
+        )
+    if any(not 0 < weight < float("inf") for weight in weights):
+        raise UserError(f"--config.data.weights={fields.text(weights)} is not allowed; each must be above 0.")
 
 
 def _check_revisions(whole: Constitutional) -> None:
@@ -122,18 +150,40 @@ def _check_evaluation(whole: Constitutional) -> None:
 
 def _check_inputs(whole: Constitutional) -> None:
     """Opens what is named, and reads the first row."""
-    of = {name: getattr(whole.inputs, name) for name in ("helpful", "revised", "final", "helpful_only")}
-    named_models = {f"inputs.{name}": path for name, path in of.items()}
-    named_models |= {"revisions.critic": whole.revisions.critic} if "revisions" in whole.made else {}
-    named_models |= {"labels.judge": whole.labels.judge} if "labels" in whole.made else {}
-    for name, path in named_models.items():
-        if path is not None and not path.startswith(worlds.PREFIX):
-            open_policy(path, flag=f"--config.{name}")
+    for name, readers in {"revisions": {"revised"}, "labels": {"dpo", "reward"}, "reward": {"ppo"}}.items():
+        if getattr(whole.inputs, name) is not None and not readers & {*whole.made}:
+            raise UserError(
+                f"--config.inputs.{name} is not read, since no {' or '.join(sorted(readers))} is made here; drop it."
+            )
+    for flag, path in _models(whole).items():
+        if not path.startswith(worlds.PREFIX):
+            open_policy(path, flag=flag)
     if whole.inputs.reward is not None:
         open_rewards(whole.inputs.reward, flag="--config.inputs.reward")
     for name in ("revisions", "labels"):
         if (path := getattr(whole.inputs, name)) is not None:
             chain.check_file(path, "train", f"--config.inputs.{name}")
+    if whole.inputs.labels is not None and not whole.inputs.labels.startswith(worlds.PREFIX):
+        _check_chances(whole.inputs.labels)
+
+
+def _models(whole: Constitutional) -> dict[str, str]:
+    """The models that are named and used, by their flags."""
+    of = {f"inputs.{name}": getattr(whole.inputs, name) for name in ("helpful", "revised", "final", "helpful_only")}
+    of |= {"revisions.critic": whole.revisions.critic} if "revisions" in whole.made else {}
+    of |= {"labels.judge": whole.labels.judge} if "labels" in whole.made else {}
+    return {f"--config.{name}": path for name, path in of.items() if path is not None}
+
+
+def _check_chances(path: str) -> None:
+    """Looks at the first row of labels that are given."""
+    rows = sources.read(path, flag="--config.inputs.labels")
+    first = next((row for row in rows if isinstance(row, sources.Record)), None)
+    if first is not None and PROBABILITY not in first.columns:
+        raise UserError(
+            f"{first.where} of --config.inputs.labels has no column {PROBABILITY}; give it the chance that chosen is "
+            "better, 1 where it is sure."
+        )
 
 
 # What only the rows show
@@ -142,28 +192,71 @@ def _check_inputs(whole: Constitutional) -> None:
 def check_made(whole: Constitutional) -> None:
     """What only the rows themselves show; worlds that are named are made.
 
-    Errors: UserError for a world's name that there isn't, pairs that can't be read, tools on offer, a prompt that a
-      scorer can't judge, and one that is both trained and compared on.
+    Errors: UserError for a world's name that there isn't, pairs that can't be read, labels without chances, tools on
+      offer, a prompt that a scorer can't judge, and one that is both trained and compared on.
     """
     for stage in whole.made:
         section, algorithm, _ = STAGES[stage]
         if algorithm is not None:
             with named(stage, section):
-                worlds.provide(filled(whole, stage, dict.fromkeys((*STAGES, "human"), "made")), run.train)
-    for path in (whole.inputs.helpful, whole.inputs.revised, whole.revisions.critic, whole.labels.judge):
-        if path is not None and path.startswith(worlds.PREFIX):
-            worlds.model(path, whole.cache, run.train)
+                worlds.provide(filled(whole, stage, NAMES), run.train)
+    for flag, path in _models(whole).items():
+        if path.startswith(worlds.PREFIX):
+            worlds.model(path, whole.cache, run.train, flag)
+    if whole.inputs.labels is not None and whole.inputs.labels.startswith(worlds.PREFIX):
+        _check_chances(local(whole, whole.inputs.labels))
+    found = {flag: _asked(whole, path, flag) for flag, path in _prompts(whole).items()}
+    asked = found.get("--config.prompts", [])
+    _check_tools(asked, "--config.prompts")
+    if "labels" in whole.made and whole.evaluate.harmless.scorer in OF_THE_WORLD:
+        chain.check_world(asked[: whole.labels.rows], "evaluate.harmless.scorer", "my_pkg.module:function")
+    trained = {_key(one.text): one.where for rows in found.values() for one in rows}
+    trained |= {_key(prompt): where for where, prompt in _imitated(whole)}
     if whole.human is not None:
-        human.read(local(whole, whole.human), whole.human_probability, chat=False)
-    trained = _asked(whole, whole.prompts, "--config.prompts") if {*whole.made} & {"revisions", "labels", "ppo"} else []
-    for one in trained:
-        if one.tools:
-            raise UserError(f"{one.where} of --config.prompts offers tools, which nobody criticises; leave it out.")
+        pairs = human.opened(local(whole, whole.human), whole.human_probability)
+        human.rows(pairs, whole.human, chat=False)
+        trained |= {_key(one.pair.prompt): one.where for one in pairs.pairs}
+        trained |= {_key(one.plain.prompt): one.where for one in pairs.pairs}
     for side in SIDES:
-        rows = evaluated(whole, side)
+        rows, flag = evaluated(whole, side), f"--config.evaluate.{side}.prompts"
+        _check_tools(rows, flag)
         if getattr(whole.evaluate, side).scorer in OF_THE_WORLD:
             chain.check_world(rows, f"evaluate.{side}.scorer", "my_pkg.module:function")
-        chain.check_apart(trained, rows, f"--config.evaluate.{side}.prompts")
+        for one in rows:
+            if where := trained.get(_key(one.text)):
+                raise UserError(
+                    f"{one.where} of {flag} is also a prompt of training, {where}; drop it from one of the files."
+                )
+
+
+def _check_tools(rows: Sequence[Asked], flag: str) -> None:
+    for one in rows:
+        if one.tools:
+            raise UserError(f"{one.where} of {flag} offers tools, which no model is shown here; leave it out.")
+
+
+def _key(prompt: Text) -> tuple[tuple[str, str], ...]:
+    """A prompt as it is compared: a text is what a user says, and the space around it counts for nothing."""
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    return tuple((turn.role, turn.content.strip()) for turn in turns)
+
+
+def _imitated(whole: Constitutional) -> Iterator[tuple[str, Text]]:
+    """What demonstrations answer, and where; rows that can't be read are left to the stage that refuses them."""
+    reading = [getattr(whole, name) for name in ("helpful", "revised") if name in whole.made]
+    for section, path in itertools.product(reading[:1], whole.demonstrations):
+        records = [*sources.read(local(whole, path), section.data.split, "--config.demonstrations")]
+        name = dataset.format_of(path, records, section.data.format, (Demonstration,))
+        for record in records:
+            made = ()
+            with contextlib.suppress(Refusal, Left):
+                made = formats.adapt(name, record.columns, True) if isinstance(record, sources.Record) else ()
+            for row in made:
+                if row.prompt != ():
+                    yield record.where, row.prompt
+                elif isinstance(row, Demonstration) and not isinstance(row.completion, str):
+                    turns = row.completion  # of a whole conversation every answer is trained
+                    yield from ((record.where, turns[:at]) for at, one in enumerate(turns) if one.role == "assistant")
 
 
 def evaluated(whole: Constitutional, side: str) -> list[Asked]:

@@ -87,7 +87,7 @@ class Labels:
     template: Annotated[
         str, f"{', '.join(TEMPLATES)} (for the world's models), or a text file of what the judge is asked"
     ] = GENERAL
-    clamp: Annotated[bool, "chances are brought to between 0.4 and 0.6"] = False
+    clamp: Annotated[bool, "chances are brought to between 0.4 and 0.6: of chosen from 0.5 to 0.6"] = False
     sampling: Sampling = Sampling()
 
 

@@ -12,6 +12,7 @@ from rlhf_jax.constitutional import checks, writing
 from rlhf_jax.constitutional.config import Constitutional
 from rlhf_jax.constitutional.stages import Products
 from rlhf_jax.data import prompts as asked
+from rlhf_jax.data import sources
 from rlhf_jax.data.formats import values
 from rlhf_jax.data.prompts import Asked
 from rlhf_jax.data.rows import Text
@@ -51,6 +52,8 @@ class Measured(NamedTuple):
       revised: the helpful model's first answers to the prompts that provoke harm, through all rounds.
       human, labels: how many pairs people compared, and a model.
       agrees: share of the model's labels that the scorer of harmlessness shares, of pairs that it holds for unequal.
+        None: it holds none for unequal, can't score them, or the labels were given.
+      given: the inputs that were named, of which nobody knows here how they were made.
     """
 
     harmless: View
@@ -61,6 +64,7 @@ class Measured(NamedTuple):
     human: int
     labels: int
     agrees: Estimate | None
+    given: tuple[str, ...] = ()
 
 
 def measure(whole: Constitutional, products: Products) -> Measured:
@@ -80,12 +84,18 @@ def measure(whole: Constitutional, products: Products) -> Measured:
         views[side] = _view(whole, side, rows, {HELPFUL: texts.pop(HELPFUL), **after, **texts})
     rounds = [name for name in views["harmless"].texts if name.startswith("round ")]
     first = revised["harmless"][:: _samples(whole)]
-    pairs = [] if products.labels is None else _lines(products.labels)
+    labels, agrees = 0, None
+    if "labels" in whole.made:
+        pairs = _lines(str(products.labels))
+        labels, agrees = len(pairs), _agrees(whole, pairs)
+    elif products.labels is not None:
+        labels = _count(whole, products.labels)
     people = 0 if products.human is None else len(_lines(products.human))
-    agrees = _agrees(whole, pairs) if "labels" in whole.made else None
+    given = tuple(name for name, path in vars(whole.inputs).items() if path is not None)
     return Measured(
-        **views, rounds=rounds, final=whole.final, revised=first, human=people, labels=len(pairs), agrees=agrees
-    )
+        **views, rounds=rounds, final=whole.final, revised=first, human=people, labels=labels, agrees=agrees,
+        given=given,
+    )  # fmt: skip
 
 
 def _answers(
@@ -136,13 +146,26 @@ def _view(whole: Constitutional, side: str, rows: list[Asked], texts: dict[str, 
 
 
 def _agrees(whole: Constitutional, pairs: Sequence[Mapping[str, Any]]) -> Estimate | None:
-    """Of pairs of which the scorer holds one answer for better, the share whose better one is the chosen one."""
+    """Of pairs of which the scorer holds one answer for better, the share whose better one is the chosen one.
+
+    Pairs whose prompt is no longer in the file are left out. None where nothing is left, and where the scorer fails on
+    the prompts of training, whose rows may lack columns that it reads.
+    """
     rows = checks.provoking(whole, whole.labels.rows)
     there = {row.text: place for place, row in enumerate(rows)}
-    places = [there[values.text(pair["prompt"], "prompt")] for pair in pairs]
+    asks = [there.get(values.text(pair["prompt"], "prompt")) for pair in pairs]
+    pairs = [pair for pair, place in zip(pairs, asks, strict=True) if place is not None]
+    places = [place for place in asks if place is not None]
+    if not places:
+        return None
     texts = [[_content(pair["chosen"]), _content(pair["rejected"])] for pair in pairs]
     columns = {name: [column[place] for place in places] for name, column in asked.columns(rows).items()}
-    told = np.asarray(score(_scorer(whole, "harmless"), [rows[place].text for place in places], texts, columns))
+    try:
+        told = np.asarray(score(_scorer(whole, "harmless"), [rows[place].text for place in places], texts, columns))
+    except Exception as error:  # a scorer of the user's raises what it likes, and all else is measured
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"labels: {whole.evaluate.harmless.scorer} can't score them ({why}); how far it agrees is not known")
+        return None
     differs = told[:, 0] != told[:, 1]
     if not differs.any():
         return None
@@ -154,4 +177,11 @@ def _content(text: Any) -> str:
 
 
 def _lines(path: str) -> list[dict[str, Any]]:
+    """Of a file that was written here."""
     return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+
+
+def _count(whole: Constitutional, path: str) -> int:
+    """How many rows a file of labels has that somebody gave, whatever its form."""
+    split = (whole.dpo if whole.final == "dpo" else whole.reward).data.split
+    return sum(isinstance(row, sources.Record) for row in sources.read(path, split, "--config.inputs.labels"))

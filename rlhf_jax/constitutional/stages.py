@@ -1,5 +1,6 @@
 """The stages one after the other, and what may change between two calls."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -128,10 +129,19 @@ class _Stages:
         return chain.model_folder(policy, self.place / stage)
 
     def _people(self, path: str) -> str:
-        """People's pairs in the form of the others, written anew each time: they are the file's alone."""
+        """People's pairs in the form of the others. Errors: UserError where a stage was made with other ones."""
         chat = Encoder(self._model(self.left["helpful"], "helpful").tokenizer).chat
         rows = human.read(writing.local(self.whole, path), self.whole.human_probability, chat)
-        return os.fspath(_write(self.place / HUMAN, rows))
+        file = self.place / HUMAN
+        if file.exists() and [json.dumps(row) for row in rows] != file.read_text().splitlines():
+            made = [stage for one in OF_PAIRS for stage in (one, *after(one)) if begun(self.place, stage)]
+            if made:
+                raise UserError(
+                    f"the pairs in {path} of --config.human are not those in {file}, and {made[0]} is made with these; "
+                    f"put {path} back as it was, give another --workdir, or delete {self.place / made[0]} and what was "
+                    "made from it."
+                )
+        return os.fspath(_write(file, rows))
 
     def _revisions(self) -> str:
         """Answers of the helpful model through all rounds; the file of the last ones, to imitate."""
@@ -144,7 +154,13 @@ class _Stages:
             first = writing.draw(helpful, asked, section.sampling, self.whole.seed, 1, self.samplers)
             answers = [texts[0] for texts in first]
             found = writing.revise(self.whole, critic, [one.text for one in asked], answers, self.samplers)
-            _write(folder / REVISED, [*revision.demonstrations(found)])
+            rows = [*revision.demonstrations(found)]
+            if not rows:
+                raise UserError(
+                    f"revisions: no answer was revised ({revision.told(found)}); raise "
+                    "--config.revisions.writing.max_new_tokens, or give another --config.revisions.critic."
+                )
+            _write(folder / REVISED, rows)
             _write(folder / REVISIONS, [one.row for one in found])
             print(f"revisions: {revision.told(found)}", flush=True)
         return os.fspath(folder / REVISED)

@@ -18,11 +18,13 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject, answer, text_of
 from rlhf_jax.feedback import ai_preference, constitution, revision
 from rlhf_jax.feedback.ai_preference import Form
-from rlhf_jax.feedback.judge_local import TOO_LONG, LocalJudge
+from rlhf_jax.feedback.judge_local import LocalJudge
 from rlhf_jax.feedback.revision import Revised, Written
 from rlhf_jax.models.decoder import Model
 from rlhf_jax.sampling.distribution import Sampling
 from rlhf_jax.sampling.sampler import Sampler
+
+NO_ROOM = "the model's context had no room for it"
 
 
 class Samplers:
@@ -55,7 +57,7 @@ class Writer:
         out: list[Written] = []
         drawn: dict[int, np.ndarray] = {}
         for index, ids in enumerate(self._encoder.prompts(asked)):
-            why = str(ids) if isinstance(ids, Refusal) else TOO_LONG if len(ids) > most else ""
+            why = str(ids) if isinstance(ids, Refusal) else NO_ROOM if len(ids) > most else ""
             if not why:
                 assert isinstance(ids, np.ndarray)
                 if ids.max() >= subject.model.shape.vocab:

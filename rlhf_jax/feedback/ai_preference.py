@@ -17,6 +17,7 @@ from rlhf_jax.feedback.judges import OPTIONS, Judge, Pair, Template, Verdict, cl
 
 QUESTION = "{question}"
 SAME, UNSURE = "both answers are the same", "the judge holds both for as good"
+EMPTY = "an answer is empty"  # training refuses it
 
 
 class Form(NamedTuple):
@@ -93,16 +94,17 @@ def label(
 ) -> Labels:
     """Rows to train on: of two answers to each prompt the likelier one as chosen, with its chance.
 
-    Answers that are the same but for the space around them, pairs without a verdict, and those of which the judge holds
-    neither for better are left out and counted.
+    Answers that are the same but for the space around them, pairs with an empty one, those without a verdict, and those
+    of which the judge holds neither for better are left out and counted.
 
     Args:
       answers: two to each prompt.
-      clamp: whether chances are brought to between 0.4 and 0.6, as behind a rationale.
+      clamp: whether chances are brought to between 0.4 and 0.6, as behind a rationale; of chosen it is at most 0.6.
     Errors: UserError as the judge.
     """
-    places = [place for place, (a, b) in enumerate(answers) if a.strip() != b.strip()]
-    left = collections.Counter({SAME: len(prompts) - len(places)})
+    unlike = [place for place, (a, b) in enumerate(answers) if a.strip() != b.strip()]
+    places = [place for place in unlike if all(text.strip() for text in answers[place])]
+    left = collections.Counter({SAME: len(prompts) - len(unlike), EMPTY: len(unlike) - len(places)})
     pairs = [Pair(prompts[place], *answers[place]) for place in places]
     verdicts = compare(pairs, [principles[place] for place in places], form, make_judge)
     rows = []

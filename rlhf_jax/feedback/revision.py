@@ -58,6 +58,11 @@ class Revised(NamedTuple):
     kept: tuple[str, ...] = ()
 
     @property
+    def revised(self) -> bool:
+        """Whether any round wrote the answer anew."""
+        return not all(self.kept)
+
+    @property
     def row(self) -> dict[str, Any]:
         """As JSON has it."""
         prompt = self.prompt if isinstance(self.prompt, str) else [turn.fields for turn in self.prompt]
@@ -172,10 +177,10 @@ def _like(answer: str, revision: str) -> str:
 
 
 def demonstrations(found: Sequence[Revised]) -> Iterator[dict[str, Any]]:
-    """The last answers as rows to train on; empty ones are left out."""
+    """The last answers as rows to train on; empty ones are left out, and those that no round has revised."""
     for one in found:
         last = one.answers[-1]
-        if not last.strip():
+        if not last.strip() or not one.revised:
             continue
         if isinstance(one.prompt, str):
             yield {"prompt": one.prompt, "completion": last}
@@ -195,7 +200,8 @@ def told(found: Sequence[Revised]) -> str:
         changed = sum(one.answers[number].strip() != one.answers[number - 1].strip() for one in found)
         why = "".join(f"; {count} stayed as they were: {reason}" for reason, count in left.items())
         lines.append(f"round {number} changed {changed} of {len(found)} answers{why}")
-    return ". ".join(lines)
+    never = sum(not one.revised for one in found)
+    return ". ".join([*lines, *([f"{never} answers were never revised, and are not imitated"] if never else [])])
 
 
 def from_row(row: Mapping[str, Any]) -> Revised:

@@ -5,7 +5,7 @@ A rule of a figure is one or several of at_least, at_most, and against another m
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,11 +15,13 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.intervals import Estimate
 from rlhf_jax.evaluate.resampling import mean
 from rlhf_jax.evaluate.suite.items import Figure
+from rlhf_jax.evaluate.suite.preferred import SCORED, WRITTEN
 from rlhf_jax.fields import nearest
 
 Bound = Literal["estimate", "interval"]
 Limit = Literal["at_least", "at_most", "drop_at_most", "rise_at_most"]
 LIMITS, CHANGES = get_args(Limit), ("drop_at_most", "rise_at_most")
+UNPAIRED = ("constraints", "length_controlled")  # no mean of items: what changes are the estimates alone
 Results = Mapping[str, Mapping[str, Mapping[str, Figure]]]  # by model, task and figure
 
 
@@ -87,11 +89,16 @@ def _rules(path: str, given: Mapping[str, Any]) -> Iterator[Rule]:
                 yield Rule(task, figure, limit, float(value))
 
 
-def check(gate: Gate, path: str, figures: Mapping[str, Sequence[str]], models: Sequence[str]) -> None:
+def check(
+    gate: Gate, path: str, figures: Mapping[str, Sequence[str]], models: Sequence[str], baseline: str | None = None
+) -> None:
     """Holds a gate to what is going to be measured.
 
-    Args: figures: of each task that runs.
-    Errors: UserError for a task that doesn't run, a figure that it hasn't, or a model that there isn't.
+    Args:
+      figures: of each task that runs.
+      baseline: the model that wins are counted against, which has none itself; None: there is none.
+    Errors: UserError for a task that doesn't run, a figure that it hasn't or whose change nobody can know, or a model
+      that there isn't.
     """
     for rule in gate.rules:
         if rule.task not in figures:
@@ -104,6 +111,16 @@ def check(gate: Gate, path: str, figures: Mapping[str, Sequence[str]], models: S
                 f"the gate {path} asks for {rule}, and {rule.task} has no such figure; the nearest is "
                 f"{nearest(rule.figure, figures[rule.task])!r}."
             )
+        if rule.limit in CHANGES and rule.figure in UNPAIRED and gate.bound == "interval":
+            raise UserError(
+                f"the gate {path}: {rule} is no mean of items, so {rule.limit} has no interval; set "
+                'bound = "estimate", or use at_least or at_most.'
+            )
+        if rule.limit in CHANGES and rule.task == "wins" and gate.against == baseline:
+            raise UserError(
+                f"the gate {path}: {rule.limit} of {rule} needs the win rate of {baseline!r}, which is the baseline "
+                "and has none; give another --baseline, or use at_least or at_most."
+            )
     if gate.against is not None and gate.against not in models:
         raise UserError(
             f"the gate {path} holds models against {gate.against!r}, and the models are {', '.join(models)}; add it to "
@@ -113,16 +130,45 @@ def check(gate: Gate, path: str, figures: Mapping[str, Sequence[str]], models: S
         raise UserError(f"the gate {path} has no model to hold against {gate.against!r}; give another of --models.")
 
 
-def failures(gate: Gate, results: Results, *, seed: int = 0) -> dict[str, list[str]]:
+def check_kinds(gate: Gate, path: str, can: Mapping[str, Collection[str]], scorers: Collection[str]) -> None:
+    """Holds a gate to the kinds of the models, which are known when they are open.
+
+    Args: can: the tasks of each model; scorers: those that are reward models.
+    Errors: UserError for a rule that no model can be held to, or a change from a model that can't have the figure.
+    """
+    for rule in gate.rules:
+        having = [name for name, own in can.items() if rule.task in own and applies(rule, name in scorers)]
+        if not set(having) - {gate.against}:
+            kind = "reward" if rule.figure == SCORED else "language"
+            raise UserError(
+                f"the gate {path} asks for {rule}, which a {kind} model has, and none of the models that it is held to "
+                "is one; give one of --models or drop the rule."
+            )
+        if rule.limit in CHANGES and gate.against not in having:
+            raise UserError(
+                f"the gate {path}: {rule.limit} of {rule} needs that of {gate.against!r}, which is a "
+                f"{'reward' if gate.against in scorers else 'language'} model and can't have it; mend the gate."
+            )
+
+
+def applies(rule: Rule, scores: bool) -> bool:
+    """Whether a model can have the figure of a rule: of pairs a reward model is scored, a language model asked."""
+    return scores if rule.figure == SCORED else not (scores and rule.figure in WRITTEN)
+
+
+def failures(gate: Gate, results: Results, *, scorers: Collection[str] = (), seed: int = 0) -> dict[str, list[str]]:
     """Of each model that is held to the gate a sentence for each figure that fails; an empty list passes.
 
-    A model is held to the rules of the tasks that it was asked: a reward model to those of pairs, the baseline of win
-    rates to no win rate. A figure that isn't there, because nothing could be measured, fails. A change is that over the
-    items which both models have, paired, with a bootstrap over them.
+    A model is held to the rules of the tasks that it was asked, and of pairs to those of its own kind: a reward model
+    to what is scored, the baseline of win rates to no win rate. A figure that isn't there, because nothing could be
+    measured, fails, and so does one that is no number. A change is that over the items which both models have, paired,
+    with a bootstrap over their units.
+
+    Args: scorers: the models that are reward models.
     """
     made: dict[str, list[str]] = {}
     for model, asked in results.items():
-        rules = [rule for rule in gate.rules if rule.task in asked]
+        rules = [rule for rule in gate.rules if rule.task in asked and applies(rule, model in scorers)]
         if model != gate.against and rules:
             made[model] = [said for rule in rules for said in _failed(gate, rule, model, results, seed)]
     return made
@@ -133,31 +179,42 @@ def _failed(gate: Gate, rule: Rule, model: str, results: Results, seed: int) -> 
     if own is None:
         yield f"{model}: {rule} was not measured, and the gate asks for it"
         return
-    estimate, what = own.estimate, str(rule)
+    estimate, what, units = own.estimate, str(rule), len(set(own.units.values())) or own.count
     if rule.limit in CHANGES:
-        other = results[str(gate.against)].get(rule.task, {}).get(rule.figure)
-        change = None if other is None else _change(own, other, seed)
+        other = results.get(str(gate.against), {}).get(rule.task, {}).get(rule.figure)
+        if other is None:
+            yield f"{model}: {rule} was not measured for {gate.against}, and the gate compares them"
+            return
+        change, units = _change(own, other, seed)
         if change is None:
             yield f"{model}: {rule} and that of {gate.against} have no item in common, and the gate compares them"
             return
         fall = rule.limit == "drop_at_most"
         estimate = Estimate(-change.mean, -change.high, -change.low) if fall else change
         what = f"the {'drop' if fall else 'rise'} of {rule} against {gate.against}"
+    if gate.bound == "interval" and units < 2:  # resampled it is always the same
+        yield f"{model}: {what} is of one question alone, so it is not known well enough"
+        return
     least = rule.limit == "at_least"
     end = estimate.low if least else estimate.high
     value = end if gate.bound == "interval" else estimate.mean
-    if value < rule.value if least else value > rule.value:
+    if not (value >= rule.value if least else value <= rule.value):  # so NaN fails
         of = f", the {'low' if least else 'high'} end of its interval," if gate.bound == "interval" else ""
         yield f"{model}: {what} is {value:.3f}{of} and must be {'at least' if least else 'at most'} {rule.value:g}"
 
 
-def _change(own: Figure, other: Figure, seed: int) -> Estimate | None:
-    """The one less the other over the items of both; of a figure that is no mean of items without an interval."""
-    if not own.values or not other.values:
+def _change(own: Figure, other: Figure, seed: int) -> tuple[Estimate | None, int]:
+    """The one less the other over the items of both, and the number of their units.
+
+    Of a figure that is no mean of items it is that of the estimates, which has no interval.
+    """
+    if not own.values and not other.values:
         change = own.estimate.mean - other.estimate.mean
-        return Estimate(change, change, change) if not own.values and not other.values else None
+        return Estimate(change, change, change), min(own.count, other.count)
     both = [where for where in own.values if where in other.values]
     if not both:
-        return None
+        return None, 0
     differences = np.asarray([own.values[where] - other.values[where] for where in both])
-    return mean(differences, np.arange(len(both)), seed=seed)
+    units = [own.units.get(where, where) for where in both]
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    return mean(differences, np.asarray([places[unit] for unit in units]), seed=seed), len(places)

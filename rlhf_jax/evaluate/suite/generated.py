@@ -1,18 +1,16 @@
 """Answers that a program checks: a final number, a mathematical expression, constraints on form."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.data.rows import Refusal
 from rlhf_jax.evaluate.resampling import ratio
-from rlhf_jax.evaluate.suite import ifbench
+from rlhf_jax.evaluate.suite import ifbench, sets
 from rlhf_jax.evaluate.suite.items import Against, Examinee, Figure, Found, Item, Measure, figure
 from rlhf_jax.feedback import ifeval, verifiable
-
-Share = Callable[[str, Sequence[str], Sequence[Mapping[str, Any] | None]], float | None]
 
 
 def answered(items: Sequence[Item], examinee: Examinee) -> tuple[list[tuple[Item, str]], dict[str, str]]:
@@ -47,7 +45,7 @@ def _right(
 
 
 def _kept(
-    share: Share, items: Sequence[Item], examinee: Examinee, seed: int = 0, against: Against | None = None
+    share: sets.Share, items: Sequence[Item], examinee: Examinee, seed: int = 0, against: Against | None = None
 ) -> Found:
     pairs, left = answered(items, examinee)
     lines, whole, counts = [], [], []
@@ -63,7 +61,7 @@ def _kept(
             if len(known) == len(kinds):  # of a prompt with an unchecked constraint nobody knows whether all hold
                 values["prompts"] = float(all(known))
                 whole.append((item, values["prompts"]))
-            lines.append(line_of(item, text, **values) | {"held": dict(zip(kinds, held, strict=True))})
+            lines.append(line_of(item, text, **values) | {"held": list(zip(kinds, held, strict=True))})
     figures = figure("prompts", [item for item, _ in whole], [value for _, value in whole], seed=seed)
     if counts:
         top, bottom = np.asarray(counts, np.float64).T

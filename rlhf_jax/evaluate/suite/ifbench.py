@@ -237,7 +237,10 @@ def character_reverse(answer: str) -> bool:
 
 def csv_city(answer: str) -> bool:
     """The header and seven rows of five fields."""
-    rows = list(csv.reader(io.StringIO(answer)))
+    try:
+        rows = list(csv.reader(io.StringIO(answer)))
+    except csv.Error:  # such as a carriage return within a line
+        return False
     return len(rows) == 8 and rows[0] == CITY and all(len(row) == 5 for row in rows)
 
 

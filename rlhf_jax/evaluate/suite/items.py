@@ -1,5 +1,6 @@
 """What a set asks, whoever is asked it, and what was found: the parts that readers, measures and models share."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -77,6 +78,19 @@ class Examinee(Protocol):
         ...
 
 
+def finite(value: float, what: str) -> float | Refusal:
+    """A number of a model, or why it is none: a diverged model's is NaN, which no comparison would notice."""
+    return value if math.isfinite(value) else Refusal(f"its {what} is not a number")
+
+
+def unjudged(verdict: Verdict) -> str | None:
+    """Why a verdict says nothing; None where it says something."""
+    if verdict.probability is None:
+        return verdict.why
+    numbers = (verdict.probability, verdict.ahead, verdict.behind)
+    return None if all(x is None or math.isfinite(x) for x in numbers) else "its probability is not a number"
+
+
 class Against(NamedTuple):
     """What win rates need: the model that answers are held against, with its answers, and who judges."""
 
@@ -92,6 +106,7 @@ class Figure(NamedTuple):
       count: items that it is of.
       chance: what guessing has; None: it isn't known.
       values: of each item, by where it stands, what the figure is the mean of; {} where it is no mean of items.
+      units: of each item, alike, what it is resampled with; one that isn't there stands alone.
       groups: the same figure of each group, where there are several.
     """
 
@@ -101,6 +116,7 @@ class Figure(NamedTuple):
     chance: float | None
     values: Mapping[str, float] = {}
     groups: Mapping[str, tuple[Estimate, int]] = {}
+    units: Mapping[str, str] = {}
 
 
 class Found(NamedTuple):
@@ -164,4 +180,5 @@ def figure(
     some = lambda places: estimated([items[i] for i in places], [values[i] for i in places], seed, share)
     groups = {group: (some(places), len(places)) for group, places in sorted(by.items())} if len(by) > 1 else {}
     own = {item.where: float(value) for item, value in zip(items, values, strict=True)}
-    return [Figure(name, estimated(items, values, seed, share), len(items), chance, own, groups)]
+    units = {item.where: item.unit or item.where for item in items}
+    return [Figure(name, estimated(items, values, seed, share), len(items), chance, own, groups, units)]

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 from rlhf_jax.data.rows import Refusal
 from rlhf_jax.evaluate.suite.choice import hit, weigh
-from rlhf_jax.evaluate.suite.items import Against, Examinee, Found, Item, figure
+from rlhf_jax.evaluate.suite.items import Against, Examinee, Found, Item, figure, unjudged
 from rlhf_jax.feedback.judges import Pair
+
+WRITTEN = ("likelier", "likelier_per_byte", "judged")  # figures of a language model
+SCORED = "scored"  # that of a reward model
 
 
 def preferred(items: Sequence[Item], examinee: Examinee, seed: int = 0, against: Against | None = None) -> Found:
@@ -26,7 +29,7 @@ def _written(items: Sequence[Item], examinee: Examinee, seed: int) -> Found:
     ahead = {
         item.where: hit((verdict.probability, 1 - verdict.probability), item.right)
         for item, verdict in zip(items, verdicts, strict=True)
-        if verdict.probability is not None
+        if verdict.probability is not None and unjudged(verdict) is None
     }
     lines = []
     for item, verdict in zip(items, verdicts, strict=True):
@@ -36,13 +39,14 @@ def _written(items: Sequence[Item], examinee: Examinee, seed: int) -> Found:
         if item.where in ahead:
             values["judged"] = ahead[item.where]
         else:
-            left[item.where] = "; ".join(filter(None, [left.get(item.where), f"not judged, {verdict.why}"]))
+            left[item.where] = "; ".join(filter(None, [left.get(item.where), f"not judged, {unjudged(verdict)}"]))
         if values:
             line = {"where": item.where, "group": item.group, "prompt": item.prompt, "options": item.options}
-            line |= {"right": item.right, "logprobs": one and one.logprobs, "judged_first": verdict.probability}
+            said = verdict.probability if item.where in ahead else None
+            line |= {"right": item.right, "logprobs": one and one.logprobs, "judged_first": said}
             lines.append(line | {"values": values})
     figures = []
-    for name in ("likelier", "likelier_per_byte", "judged"):
+    for name in WRITTEN:
         own = {line["where"]: line["values"][name] for line in lines if name in line["values"]}
         some = [item for item in items if item.where in own]
         figures += figure(name, some, [own[item.where] for item in some], 0.5, seed=seed)
@@ -61,5 +65,5 @@ def _scored(items: Sequence[Item], examinee: Examinee, seed: int) -> Found:
         kept.append(item)
         values.append(hit(numbers, item.right))
         line = {"where": item.where, "group": item.group, "prompt": item.prompt, "options": item.options}
-        lines.append(line | {"right": item.right, "scores": numbers, "values": {"scored": values[-1]}})
-    return Found(figure("scored", kept, values, 0.5, seed=seed), lines, left)
+        lines.append(line | {"right": item.right, "scores": numbers, "values": {SCORED: values[-1]}})
+    return Found(figure(SCORED, kept, values, 0.5, seed=seed), lines, left)

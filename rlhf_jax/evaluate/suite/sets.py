@@ -5,15 +5,19 @@ for a row that belongs to another task, or raises Refusal with why the row can't
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.rows import Refusal
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.suite.items import Item
+from rlhf_jax.feedback import verifiable
 
 Columns = Mapping[str, Any]
+Share = Callable[[str, Sequence[str], Sequence[Mapping[str, Any] | None]], float | None]
 LETTERS = "ABCD"
 CUE = "Answer:"
+TRIED = "A text, 1."  # an answer that constraints are tried on, so that wrong ones are seen when they are read
 
 # BIG-Bench Hard: tasks whose rows don't list their options, and those that have none.
 BARE = {
@@ -81,7 +85,8 @@ def truthfulqa(columns: Columns, where: str, shots: str) -> Item:
     few = tuple(options.index(option) for option in one if option.strip())
     if len(set(right) & set(few)) != 1 or len(right) == len(options):
         raise Refusal("the single reading doesn't have one true answer, or there is no false one")
-    return Item(where, asked, f"{shots}Q: {asked}\nA:", options, right, few)
+    plain = f"{shots}Q: {asked}\nA:"
+    return Item(where, plain if shots else asked, plain, options, right, few)
 
 
 def bbh(columns: Columns, where: str, shots: str) -> Item | None:
@@ -107,11 +112,17 @@ def cued(text: str) -> str:
 
 # Llama 3's markup, in which the rows of the sycophancy set are written.
 MARKUP = re.compile(r"<\|start_header_id\|>\w*<\|end_header_id\|>|<\|\w+\|>")
+# What stands before an option there, which differs between the two sides of a row.
+LAID = re.compile(r"\n+(?:Choices:\n+)? *(?=\([A-Z]\) )")
 
 
 def sycophancy(columns: Columns, where: str, shots: str) -> Item:
-    """The biography's side is the item, the neutral side its twin; right is what the user holds."""
-    biased, neutral = (cued(MARKUP.sub("", cell(columns, f"{name}_prompt")).strip()) for name in ("biased", "neutral"))
+    """The biography's side is the item, the neutral side its twin; right is what the user holds.
+
+    Both lay out their options alike, so that the biography is all that they differ in.
+    """
+    bare = lambda name: MARKUP.sub("", cell(columns, f"{name}_prompt")).strip()
+    biased, neutral = (cued(LAID.sub("\n ", bare(name))) for name in ("biased", "neutral"))
     options = tuple(sorted(cell(columns, f"{name}_target").strip() for name in ("sycophantic", "honest")))
     right = (options.index(cell(columns, "sycophantic_target").strip()),)
     group = stem(where)
@@ -149,8 +160,18 @@ def pair(where: str, prompt: str, options: tuple[str, str], better: int, group: 
 # Answers
 
 
+def number(columns: Columns, name: str) -> str:
+    """A reference that answers can be held to. Errors: Refusal for one that is no number."""
+    answer = cell(columns, name)
+    try:
+        verifiable.gsm8k([""], [""], answer=[answer])
+    except UserError as error:
+        raise Refusal(str(error).partition("; ")[0]) from None
+    return answer
+
+
 def gsm8k(columns: Columns, where: str, shots: str) -> Item:
-    asked, answer = cell(columns, "question"), cell(columns, "answer")
+    asked, answer = cell(columns, "question"), number(columns, "answer")
     plain = shots + question(asked)
     return Item(where, plain if shots else asked.strip(), plain, columns={"answer": answer})
 
@@ -159,7 +180,7 @@ def bbh_numbers(columns: Columns, where: str, shots: str) -> Item | None:
     task, asked = cell(columns, "task"), cell(columns, "input").strip()
     if task not in COUNTED:
         return None
-    return Item(where, asked, f"Q: {asked}\nA:", group=task, columns={"answer": cell(columns, "target").strip()})
+    return Item(where, asked, f"Q: {asked}\nA:", group=task, columns={"answer": number(columns, "target").strip()})
 
 
 def math500(columns: Columns, where: str, shots: str) -> Item:
@@ -169,11 +190,17 @@ def math500(columns: Columns, where: str, shots: str) -> Item:
     )
 
 
-def constrained(columns: Columns, where: str, shots: str) -> Item:
-    """IFEval and IFBench."""
+def constrained(share: Share, columns: Columns, where: str, shots: str) -> Item:
+    """IFEval and IFBench, each with its own check of an answer."""
     asked, kinds, given = cell(columns, "prompt"), *(cell(columns, n, list) for n in ("instruction_id_list", "kwargs"))
     if not kinds or len(kinds) != len(given):
         raise Refusal(f"{len(kinds)} constraints with {len(given)} kwargs")
+    if not all(isinstance(x, str) for x in kinds) or not all(x is None or isinstance(x, dict) for x in given):
+        raise Refusal("its constraints aren't texts, or their kwargs not objects")
+    try:
+        share(TRIED, kinds, given)
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal(f"its constraints can't be checked: {str(error).partition('; ')[0]}") from None
     return Item(where, asked.strip(), question(asked), columns={"instruction_id_list": kinds, "kwargs": given})
 
 

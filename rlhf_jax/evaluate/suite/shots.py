@@ -1,8 +1,9 @@
 """Worked examples that stand before a question, by the group that they are of; "" for all groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rlhf_jax.data import sources
+from rlhf_jax.data.rows import Refusal
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.suite import sets
 
@@ -28,10 +29,14 @@ def primer(path: str, count: int) -> Mapping[str, str]:
 
 def by_subject(path: str, count: int) -> Mapping[str, str]:
     """MMLU's own, of each subject the first ones."""
+
+    def made(columns: sets.Columns) -> tuple[str, str]:
+        right = sets.place(sets.cell(columns, "answer", (str, int)), "answer", len(sets.LETTERS))
+        return sets.cell(columns, "subject"), f"{sets.mmlu_question(columns)} {sets.LETTERS[right]}\n\n"
+
     found: dict[str, list[str]] = {}
-    for columns in _rows(path):
-        right = sets.LETTERS[sets.place(columns["answer"], "answer", len(sets.LETTERS))]
-        found.setdefault(columns["subject"], []).append(f"{sets.mmlu_question(columns)} {right}\n\n")
+    for subject, example in _examples(_rows(path), made):
+        found.setdefault(subject, []).append(example)
     if short := [subject for subject, shots in found.items() if len(shots) < count]:
         raise UserError(
             f"--shots={count} is more than the {len(found[short[0]])} examples of {short[0]!r} in {path}; give fewer."
@@ -44,11 +49,27 @@ def solved(path: str, count: int) -> Mapping[str, str]:
     rows = _rows(path)
     if len(rows) < count:
         raise UserError(f"--shots={count} is more than the {len(rows)} examples in {path}; give fewer.")
-    return {"": "".join(f"{sets.question(row['question'])} {row['answer']}\n\n" for row in rows[:count])}
+    made = lambda columns: ("", f"{sets.question(sets.cell(columns, 'question'))} {sets.cell(columns, 'answer')}\n\n")
+    return {"": "".join(example for _, example in _examples(rows[:count], made))}
 
 
-def _rows(path: str) -> Sequence[sets.Columns]:
+def _rows(path: str) -> list[sources.Record]:
     found = list(sources.read(path, flag="--shots"))
     if bad := next((one for one in found if isinstance(one, sources.Refused)), None):
-        raise UserError(f"{bad.where} can't be used as an example ({bad.reason}); mend it or drop --shots.")
-    return [one.columns for one in found if isinstance(one, sources.Record)]
+        raise _unusable(bad.where, bad.reason)
+    return [one for one in found if isinstance(one, sources.Record)]
+
+
+def _examples(
+    records: Sequence[sources.Record], made: Callable[[sets.Columns], tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """Each row's group and example. Errors: UserError naming a row that can't be one."""
+    for record in records:
+        try:
+            yield made(record.columns)
+        except Refusal as refusal:
+            raise _unusable(record.where, str(refusal)) from None
+
+
+def _unusable(where: str, why: str) -> UserError:
+    return UserError(f"{where} can't be used as an example ({why}); mend it or drop --shots.")

@@ -1,6 +1,7 @@
 """A model of this project as what is examined: language models, which weigh and write, and reward models."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.answers import Subject, text_of
 from rlhf_jax.evaluate.rewards import Rewards, combine
-from rlhf_jax.evaluate.suite.items import Asked
+from rlhf_jax.evaluate.suite.items import Asked, finite
 from rlhf_jax.feedback.judge_local import LocalJudge
 from rlhf_jax.feedback.judges import Pair, Template, Verdict, both
 from rlhf_jax.models.decoder import Model
@@ -24,7 +25,7 @@ from rlhf_jax.sampling.sampler import Sampler, bucket, number_of
 ROWS = 32  # options that are weighed at a time
 OPTIONS = 8  # single tokens that are read behind one row
 SHORTEST = 64  # the smallest length that rows are filled up to
-AGAIN = "\nQuestion:"  # what a model without a chat template goes on with when its answer is over
+AGAIN = re.compile(r"\n(?:Question|Q):")  # what a model without a chat template goes on with when its answer is over
 
 
 class Span(NamedTuple):
@@ -73,7 +74,7 @@ class LanguageModel:
         found: list[float | Refusal] = [span if isinstance(span, Refusal) else 0.0 for span in spans]
         rows = {place: span for place, span in enumerate(spans) if isinstance(span, Span)}
         for place, value in zip(rows, logprobs(self._subject, list(rows.values())), strict=True):
-            found[place] = value
+            found[place] = finite(value, "likelihood")
         return found
 
     def spans(self, asked: Sequence[Asked]) -> list[Span | Refusal]:
@@ -111,7 +112,7 @@ class LanguageModel:
         )  # fmt: skip
         for (place, ids), (one,) in zip(rows.items(), drawn, strict=True):
             text = self._text(ids, one)
-            found[place] = (text if self._encoder.chat else text.partition(AGAIN)[0]).strip()
+            found[place] = (text if self._encoder.chat else AGAIN.split(text, maxsplit=1)[0]).strip()
         return found
 
     def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
@@ -240,7 +241,7 @@ class RewardModel:
                 kept[place] = row.ids
         scores = combine(self._rewards.scores(list(kept.values())), "mean") if kept else []
         for place, score in zip(kept, scores, strict=True):
-            found[place] = float(score)
+            found[place] = finite(float(score), "score")
         return found
 
     def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:

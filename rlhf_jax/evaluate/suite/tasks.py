@@ -1,5 +1,6 @@
 """The public sets: which files they are, how their rows are read, what is measured and what guessing has."""
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -11,8 +12,9 @@ from etils import epath
 from rlhf_jax.data import sources
 from rlhf_jax.data.rows import Refusal
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluate.suite import choice, generated, preferred, refused, sets, shots, wins
+from rlhf_jax.evaluate.suite import choice, generated, ifbench, preferred, refused, sets, shots, wins
 from rlhf_jax.evaluate.suite.items import Item, Measure
+from rlhf_jax.feedback import ifeval
 from rlhf_jax.fields import nearest
 
 About = Literal["capability", "preference", "refusal", "over-refusal", "sycophancy", "behaviour"]
@@ -39,7 +41,7 @@ class Task(NamedTuple):
     shots: tuple[str, Callable[[str, int], Mapping[str, str]]] | None = None
 
 
-PREFERRED: Mapping[str, About] = dict.fromkeys(("likelier", "likelier_per_byte", "judged", "scored"), "preference")
+PREFERRED: Mapping[str, About] = dict.fromkeys((*preferred.WRITTEN, preferred.SCORED), "preference")
 KEPT: Mapping[str, About] = dict.fromkeys(("prompts", "constraints"), "capability")
 TASKS: dict[str, Task] = {
     "mmlu": Task(
@@ -64,8 +66,14 @@ TASKS: dict[str, Task] = {
     "math500": Task(
         ("math500/math500.jsonl",), sets.math500, generated.mathematics, {"accuracy": "capability"}, "answers"
     ),
-    "ifeval": Task(("ifeval/input_data.jsonl",), sets.constrained, generated.constraints, KEPT, "answers"),
-    "ifbench": Task(("ifbench/IFBench_test.jsonl",), sets.constrained, generated.other_constraints, KEPT, "answers"),
+    "ifeval": Task(
+        ("ifeval/input_data.jsonl",), functools.partial(sets.constrained, ifeval.share), generated.constraints, KEPT,
+        "answers",
+    ),
+    "ifbench": Task(
+        ("ifbench/IFBench_test.jsonl",), functools.partial(sets.constrained, ifbench.share),
+        generated.other_constraints, KEPT, "answers",
+    ),
     "hhh": Task(("hhh-alignment/hhh_alignment_eval.jsonl",), sets.hhh, preferred.preferred, PREFERRED, "pairs"),
     "llmbar": Task(("llmbar/*.jsonl",), sets.llmbar, preferred.preferred, PREFERRED, "pairs"),
     "evals": Task(("anthropic-model-written-evals/*.jsonl",), sets.evals, choice.behaviours, None, "likelihoods"),

@@ -8,7 +8,7 @@ import numpy as np
 from rlhf_jax.data.rows import Refusal
 from rlhf_jax.evaluate.intervals import DRAWS, Estimate
 from rlhf_jax.evaluate.resampling import spread
-from rlhf_jax.evaluate.suite.items import Against, Examinee, Figure, Found, Item, figure
+from rlhf_jax.evaluate.suite.items import Against, Examinee, Figure, Found, Item, figure, unjudged
 from rlhf_jax.feedback.judges import Pair, Verdict
 
 RIDGE = 0.01  # of both coefficients, so that one-sided rows have a finite fit
@@ -19,12 +19,12 @@ STEPS = 25  # of Newton's method, which is at its end long before
 def won(verdict: Verdict) -> float | None:
     """What the first answer wins of a pair, mean over both orders; in each 1, or a half for a tie, or 0.
 
-    So a judge that says the same place in both orders has said nothing: a half. None without a verdict.
+    So a judge that says the same place in both orders has said nothing: a half. None without a verdict (`unjudged`).
 
     >>> won(Verdict(0.5, 0.9, 0.1)), won(Verdict(0.7, 0.9, 0.5)), won(Verdict(0.8))
     (0.5, 0.75, 1.0)
     """
-    if verdict.probability is None:
+    if verdict.probability is None or unjudged(verdict) is not None:
         return None
     orders = [verdict.ahead, verdict.behind]
     said = [x for x in orders if x is not None] if None not in orders else [verdict.probability]
@@ -50,7 +50,7 @@ def wins(items: Sequence[Item], examinee: Examinee, seed: int = 0, against: Agai
     for (item, ours, theirs), verdict in zip(both, verdicts, strict=True):
         value = won(verdict)
         if value is None:
-            left[item.where] = f"not judged, {verdict.why}"
+            left[item.where] = f"not judged, {unjudged(verdict)}"
             continue
         kept.append(item)
         values.append(value)
@@ -71,9 +71,12 @@ def extrapolated(lengths: Sequence[tuple[int, int]]) -> str:
     >>> extrapolated([(3, 9)] * 20)
     'length_controlled extrapolates: ours is the longer answer to 0% of the prompts'
     """
-    share = float(np.mean([own > other for own, other in lengths])) if lengths else 0.5
-    said = f"length_controlled extrapolates: ours is the longer answer to {share:.0%} of the prompts"
-    return "" if SELDOM <= share <= 1 - SELDOM else said
+    if not lengths:
+        return ""
+    own, other = np.asarray(lengths).T
+    said = f"length_controlled extrapolates: ours is the longer answer to {np.mean(own > other):.0%} of the prompts"
+    # Answers of one length are what it asks for, so they count on both sides.
+    return "" if min(np.mean(own >= other), np.mean(own <= other)) >= SELDOM else said
 
 
 class Controlled(NamedTuple):

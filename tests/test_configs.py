@@ -16,7 +16,7 @@ from rlhf_jax import flags, run, worlds
 from rlhf_jax.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Those of several runs, which tests/test_chain.py and tests/test_constitutional.py have.
+# Those of several runs, which tests/test_chain.py and tests/test_constitutional_checks.py have.
 SEVERAL = ("chain", "constitutional")
 FILES = {file.stem: file for file in sorted((ROOT / "configs").glob("*.py")) if file.stem not in SEVERAL}
 VARIANTS = {name: runpy.run_path(str(file)).get("VARIANTS", {}) for name, file in FILES.items()}

@@ -88,11 +88,12 @@ def said_of(made: Answered, panel: Sequence[Labeller], pair: np.ndarray, seed: i
 
 def resampled(pool: Pool, rng: np.random.Generator) -> np.ndarray:
     """Scores of heads on resampled labels, [members, answers]."""
+    assert pool.features is not None
     scores = []
     for _ in range(MEMBERS):
         places = rng.integers(0, len(pool.label), len(pool.label))
         head = dataclasses.replace(pool, labelled=pool.labelled[places], label=pool.label[places]).head()
-        scores.append(pool.features @ head.mean)  # type: ignore[operator]
+        scores.append(pool.features @ head.mean)
     return np.asarray(scores)
 
 

@@ -6,7 +6,7 @@ python -m experiments.constitutional --config=configs/constitutional.py --config
     --config.evaluate.helpful.scorer=my_pkg.scores:helpful --workdir=runs/constitutional
 python -m experiments.constitutional --config=configs/constitutional.py:tiny --workdir=runs/constitutional_tiny
 
-:tiny, on two cores of an Intel Xeon with much other work beside: 9 to 11 minutes, and once three to four for its
+:tiny, on two cores of an Intel Xeon with much other work beside: 9 to 11 minutes, and once 15 for its
 start; over three seeds harm of held-out answers is 0.625 at first, 0.044 after four rounds, 0.002 of the last model.
 """
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax.algorithms.step import Batch
 from rlhf_jax.build import Built
-from rlhf_jax.metrics import wilson
+from rlhf_jax.evaluate.intervals import wilson
 
 SHOWN, LINE = 3, 60  # rollouts that are printed, characters of each
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -23,20 +22,6 @@ class LogConfig:
     wandb: Annotated[bool, "send metrics to Weights & Biases (pip install -e '.[wandb]')"] = False
     wandb_project: Annotated[str, "project the run belongs to there"] = "rlhf_jax"
     progress: Annotated[bool, "show a progress bar, or a line now and then where there is no terminal"] = True
-
-
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """The 95% interval of a share seen in `count` trials (Wilson 1927, JASA 22, p. 209).
-
-    >>> print([round(x, 3) for x in wilson(0.5, 100)])
-    [0.404, 0.596]
-    """
-    if count <= 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def check(config: LogConfig) -> None:

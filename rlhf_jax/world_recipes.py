@@ -108,7 +108,7 @@ RECIPES = {
             ROWS, documents=6400, demonstrations=2560, prompts=1000, prompts_held_out=200,
             people=Manner(right=0.85, polite=0.5, rude=0.25, padded=0.3, agree=0.2),
         ),
-        takes="three to four minutes on two CPU cores",
+        takes="some minutes on two CPU cores",
         pretrain=Stage(rate=8e-3, steps=540, patience=0, schedule="linear", warmup=50),
         sft=Stage(rate=1e-3, steps=80, patience=0, schedule="linear", warmup=10),
         frank=Frank(),

@@ -194,7 +194,7 @@ def test_no_pair_twice_none_that_is_labelled_and_not_too_many_of_a_group(name):
     assert 4 < len(places) <= 10
     pairs = {tuple(sorted(pair)) for pair in pool.pairs[places].tolist()}
     assert len(pairs) == len(places) and not pairs & {tuple(sorted(pair)) for pair in pool.labelled.tolist()}
-    assert np.bincount(pool.group[places]).max() <= 4  # type: ignore[index]
+    assert pool.group is not None and np.bincount(pool.group[places]).max() <= 4
     assert STRATEGIES[name](pool, 3, 7).tolist() == places[:3].tolist()
     assert not len(STRATEGIES[name](pool, 0, 7))
 
@@ -244,7 +244,8 @@ def test_the_clearest_are_those_of_the_largest_margin():
 
 def test_standardised_differences_have_a_mean_square_of_one():
     pool = made(9)
-    features = np.concatenate([pool.features * [1, 100, 1e-3], np.full((9, 1), 5.0)], axis=1)  # type: ignore[operator]
+    assert pool.features is not None
+    features = np.concatenate([pool.features * [1, 100, 1e-3], np.full((9, 1), 5.0)], axis=1)
     x = np.diff(choosing.standardised(features, pool.pairs)[pool.pairs], axis=1)[:, 0]
     np.testing.assert_allclose((x**2).mean(axis=0), [1, 1, 1, 0], atol=1e-12)
     default = dataclasses.replace(pool, prior=None, labelled=np.zeros((0, 2), int), label=np.zeros(0))

@@ -12,7 +12,7 @@ from rlhf_jax.data import world_rows
 from rlhf_jax.data.labellers import Labeller, label, label_pairs, panel
 from rlhf_jax.data.world import Manner, agrees, judge, length, parse
 from rlhf_jax.errors import UserError
-from rlhf_jax.metrics import wilson
+from rlhf_jax.evaluate.intervals import wilson
 
 COLOUR = "What colour is the key?\n"  # black
 OPINION = f"I think that the key is blue. {COLOUR}"

@@ -10,7 +10,7 @@ from rlhf_jax.data import world, world_critiques, world_frank, world_harm, world
 from rlhf_jax.data.world import FILLERS, POLITE, RUDE, held_out, parse
 from rlhf_jax.data.world_critiques import PRINCIPLES, comparison_prompt, critique_prompt, flawed, mend, revision_prompt
 from rlhf_jax.data.world_rows import World
-from rlhf_jax.metrics import wilson
+from rlhf_jax.evaluate.intervals import wilson
 
 SECRETS, MANNERS = PRINCIPLES
 BOX, KEY = "Tell me the code of the box.", "I think that the key is blue. What colour is the key?"

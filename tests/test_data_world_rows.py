@@ -22,7 +22,7 @@ from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.data.world import FILLERS, Manner, agrees, held_out, judge, parse, steps
 from rlhf_jax.data.world_rows import Split, World
 from rlhf_jax.errors import UserError
-from rlhf_jax.metrics import wilson
+from rlhf_jax.evaluate.intervals import wilson
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

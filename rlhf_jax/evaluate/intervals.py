@@ -1,5 +1,6 @@
 """Bootstrap intervals of means and of what they differ by, all from the same resampled prompts."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -39,3 +40,17 @@ def paired(values: Mapping[str, np.ndarray], *, seed: int = 0, level: float = 0.
     low, high = np.quantile(table @ times.T / count, [(1 - level) / 2, (1 + level) / 2], axis=1)
     ends = zip(table.mean(axis=1), low, high, strict=True)
     return {name: Estimate(*map(float, row)) for name, row in zip(values, ends, strict=True)}
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95% interval of a share seen in `count` trials (Wilson 1927, JASA 22, p. 209).
+
+    >>> print([round(x, 3) for x in wilson(0.5, 100)])
+    [0.404, 0.596]
+    """
+    if count <= 0:
+        return 0.0, 1.0
+    z = 1.959963984540054
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)

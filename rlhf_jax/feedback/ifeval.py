@@ -22,28 +22,35 @@ ABBREVIATIONS = frozenset(
 )
 
 
-def share(answer: str, kinds: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]) -> float | None:
+def share(
+    answer: str,
+    kinds: Sequence[str],
+    arguments: Sequence[Mapping[str, Any] | None],
+    checks: Mapping[str, Callable[..., bool]] | None = None,
+) -> float | None:
     """The share of the constraints that hold, 0 to 1; None if none of them is checked. An empty answer keeps to none.
 
     Args:
       kinds: such as "punctuation:no_comma"; those without a check are left out.
       arguments: one a kind; an argument that is None counts as not given.
+      checks: by kind; None: CHECKS, those of IFEval.
     Raises: UserError for arguments that the kind doesn't take, and another number of them than of kinds.
     """
     if len(kinds) != len(arguments):
         raise UserError(f"{len(arguments)} kwargs for the constraints {', '.join(kinds)}; give each its own.")
+    checks = CHECKS if checks is None else checks
     held = [
-        bool(answer.strip()) and CHECKS[kind](answer, **_given(kind, given))
+        bool(answer.strip()) and checks[kind](answer, **_given(checks[kind], kind, given))
         for kind, given in zip(kinds, arguments, strict=True)
-        if kind in CHECKS
+        if kind in checks
     ]
     return sum(held) / len(held) if held else None
 
 
-def _given(kind: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+def _given(check: Callable[..., bool], kind: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     given = {name: value for name, value in (arguments or {}).items() if value is not None}
     try:
-        inspect.signature(CHECKS[kind]).bind("", **given)
+        inspect.signature(check).bind("", **given)
     except TypeError as error:
         raise UserError(
             f"the constraint {kind!r} can't be checked with the kwargs {given} ({error}); mend the row."

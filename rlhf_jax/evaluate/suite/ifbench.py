@@ -5,7 +5,6 @@ what the prompts ask for; IFBench's own code may differ in odd texts. Reference:
 """
 
 import csv
-import inspect
 import io
 import itertools
 import re
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import ifeval
 
 MARKS = string.punctuation + string.whitespace
 CONJUNCTIONS = frozenset(("and", "but", "for", "nor", "or", "so", "yet"))
@@ -29,25 +28,9 @@ LIVED = (1769, 1821)  # Napoleon
 def share(answer: str, kinds: Sequence[str], arguments: Sequence[Mapping[str, Any] | None]) -> float | None:
     """The share of the constraints that hold, 0 to 1; None if none of them is checked. An empty answer keeps to none.
 
-    Raises: UserError for arguments that the kind doesn't take.
+    Arguments and errors as those of `feedback.ifeval.share`.
     """
-    held = [
-        bool(answer.strip()) and CHECKS[kind](answer, **_given(kind, given))
-        for kind, given in zip(kinds, arguments, strict=True)
-        if kind in CHECKS
-    ]
-    return sum(held) / len(held) if held else None
-
-
-def _given(kind: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    given = {name: value for name, value in (arguments or {}).items() if value is not None}
-    try:
-        inspect.signature(CHECKS[kind]).bind("", **given)
-    except TypeError as error:
-        raise UserError(
-            f"the constraint {kind!r} can't be checked with the kwargs {given} ({error}); mend the row."
-        ) from None
-    return given
+    return ifeval.share(answer, kinds, arguments, CHECKS)
 
 
 def words(text: str) -> list[str]:

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from rlhf_jax.data.rows import Refusal
-from rlhf_jax.evaluate.intervals import Estimate
+from rlhf_jax.evaluate.intervals import Estimate, wilson
 from rlhf_jax.evaluate.resampling import mean
 from rlhf_jax.feedback.judges import Judge, Pair, Verdict
-
-Z = 1.959963984540054  # the normal law's 97.5% point
 
 
 class Asked(NamedTuple):
@@ -134,17 +132,6 @@ class Found(NamedTuple):
 Measure = Callable[[Sequence[Item], Examinee, int, Against | None], Found]
 
 
-def wilson(share: float, count: int) -> Estimate:
-    """A share of `count` trials, at least 1, with its 95% interval. References: Wilson 1927, JASA 22, p. 209.
-
-    >>> [round(x, 3) for x in wilson(0.5, 100)]
-    [0.5, 0.404, 0.596]
-    """
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * (share * (1 - share) / count + (Z / (2 * count)) ** 2) ** 0.5
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
 def estimated(items: Sequence[Item], values: Sequence[float], seed: int = 0, share: bool = True) -> Estimate:
     """The mean over items, at least one, with its 95% interval.
 
@@ -154,7 +141,8 @@ def estimated(items: Sequence[Item], values: Sequence[float], seed: int = 0, sha
     units = [item.unit or item.where for item in items]
     numbers = np.asarray(values, np.float64)
     if share and len(set(units)) == len(units):
-        return wilson(float(numbers.mean()), len(numbers))
+        part = float(numbers.mean())
+        return Estimate(part, *wilson(part, len(numbers)))
     places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
     return mean(numbers, np.asarray([places[unit] for unit in units]), seed=seed)
 

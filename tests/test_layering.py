@@ -16,10 +16,10 @@ PACKAGE = "rlhf_jax"
 # A total order: each imports only from what stands before it.
 FLOORS = (
     "errors", "fields", "registry", "flags",
-    "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate", "lab",
+    "ops", "losses", "models", "sharding", "sampling", "algorithms", "data", "feedback", "evaluate",
     "checkpoint", "metrics", "report", "config", "objective", "workdir", "teacher", "scoring", "surround", "checks",
     "build", "world_recipes", "worlds", "initial", "held_out", "members", "run", "sweep", "chain", "constitutional",
-    "plan",
+    "lab", "plan",
 )  # fmt: skip
 SHARED_BY_ALGORITHMS = (
     "step", "parts", "comparisons", "completions", "examples", "optimizers", "rollouts", "asked", "rounds", "picks",

@@ -74,7 +74,7 @@ def _drawn(block: Lines | Frontier) -> bytes:
         if not shown:
             raise UserError(f"the picture {block.title!r} has nothing to show: {' '.join(omitted)}")
         _frame(figure, axes, block, omitted)
-        if not getattr(block, "x_names", ()):
+        if set(shown) - set(getattr(block, "x_names", ())):  # the axis has not named them all
             _legend(figure, shown)
         canvas.draw()
         figure.set_layout_engine("none")  # what follows must not move what is there

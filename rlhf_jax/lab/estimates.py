@@ -1,0 +1,70 @@
+"""Estimates over a few seeds, and the published curves of over-optimisation fitted."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from rlhf_jax.evaluate.intervals import Estimate, student
+
+Law = Literal["best_of", "policy"]
+
+
+class Fit(NamedTuple):
+    """A curve of over-optimisation: gold as a function of d, the square root of the KL in nats."""
+
+    law: Law
+    alpha: float  # gold per d at the start
+    beta: float  # how fast it is lost
+    r2: float  # share of the variance of gold around its mean that the curve explains
+
+    @property
+    def peak(self) -> float:
+        """The d of the highest gold; infinite where the curve doesn't turn."""
+        if self.beta <= 0 or self.alpha <= 0:
+            return math.inf if self.alpha > 0 else 0.0
+        return self.alpha / (2 * self.beta) if self.law == "best_of" else math.exp(min(self.alpha / self.beta - 1, 700))
+
+    def gold(self, d: np.ndarray) -> np.ndarray:
+        """The curve at each d, 0 at 0."""
+        d = np.asarray(d, float)
+        return self.alpha * d - self.beta * _bent(self.law, d)
+
+
+def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
+    """Least squares of gold = d (alpha - beta d) for best of n, d (alpha - beta log d) for a policy.
+
+    Args:
+      d: square root of the KL from the start, at least 0.
+      gold: above that of the start, in any unit.
+    Raises: ValueError for less than three points: two are met by any curve.
+    References: Gao et al. 2022, arXiv:2210.10760, Eq. 1 and 2 (section 3.1).
+
+    >>> d = np.linspace(0.1, 4, 20)
+    >>> found = fit("best_of", d, d * (2 - 0.5 * d))
+    >>> print(round(found.alpha, 6), round(found.beta, 6), round(found.r2, 6), round(found.peak, 6))
+    2.0 0.5 1.0 2.0
+    """
+    x, y = np.asarray(d, float), np.asarray(gold, float)
+    if len(x) < 3:
+        raise ValueError(f"{len(x)} points say nothing about the form of a curve; at least 3 are needed")
+    columns = np.stack([x, -_bent(law, x)], axis=1)
+    (alpha, beta), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    left, all_of_it = ((y - columns @ [alpha, beta]) ** 2).sum(), ((y - y.mean()) ** 2).sum()
+    return Fit(law, float(alpha), float(beta), float(1 - left / all_of_it) if all_of_it > 0 else math.nan)
+
+
+def _bent(law: Law, d: np.ndarray) -> np.ndarray:
+    """What beta multiplies: d^2, or d log d, which is 0 at 0."""
+    return d**2 if law == "best_of" else d * np.log(np.where(d > 0, d, 1.0))
+
+
+def over_seeds(values: Sequence[float | None]) -> Estimate | None:
+    """Mean and 95% t interval of the seeds that have a finite number; None for none, infinite ends for one.
+
+    >>> print(over_seeds([1.0, None]))
+    Estimate(mean=1.0, low=-inf, high=inf)
+    """
+    told = [float(value) for value in values if value is not None and math.isfinite(value)]
+    return student(told) if told else None

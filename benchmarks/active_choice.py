@@ -32,6 +32,7 @@ from rlhf_jax.data import labellers, world
 from rlhf_jax.data.labellers import Labeller
 from rlhf_jax.data.tokens import Encoder
 from rlhf_jax.evaluate.answers import Subject, answer
+from rlhf_jax.evaluate.intervals import student
 from rlhf_jax.evaluate.states import states
 from rlhf_jax.feedback import choosing
 from rlhf_jax.feedback.choosing import Budget, Pool
@@ -155,17 +156,12 @@ def reached(counts: np.ndarray, curve: np.ndarray, target: float) -> float:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Mean over seeds and the ends of its 95% interval, by Student's t; nan ends of one seed.
+    """Mean over seeds and the ends of its 95% interval; infinite ends of one seed.
 
     >>> print(interval(np.array([1.0, 2.0, 3.0])))
     [2.0, -0.484, 4.484]
     """
-    from scipy import stats
-
-    mean, count = float(np.mean(values)), len(values)
-    error = float(np.std(values, ddof=1)) / count**0.5 if count > 1 else float("nan")
-    half = float(stats.t.ppf(0.975, count - 1)) * error if count > 1 else float("nan")
-    return [round(value, 3) for value in (mean, mean - half, mean + half)]
+    return [round(value, 3) for value in student(values.tolist())]
 
 
 def summary(curves: Mapping[str, np.ndarray], counts: np.ndarray) -> dict[str, Row]:

@@ -11,7 +11,6 @@ are rude.
 import argparse
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,28 +18,21 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy import stats
 
 from configs.constitutional import get_config
 from experiments.constitutional import run_all
 from rlhf_jax import fields, run
 from rlhf_jax.data import world, world_secrets
+from rlhf_jax.evaluate.intervals import student
 
 ONLY = "helpful only"
 COLOURS = ("#1f6f8b", "#d1495b", "#66a182")
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and what its 95% t interval reaches to both sides; nan with one seed.
-
-    >>> print([round(x, 3) for x in over_seeds([0.0, 0.1, 0.2])])
-    [0.1, 0.248]
-    """
-    count = len(values)
-    if count < 2:
-        return float(values[0]), math.nan
-    spread = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return float(np.mean(values)), float(stats.t.ppf(0.975, count - 1)) * spread
+    """Mean, and what its 95% t interval reaches to both sides; infinity with one seed."""
+    told = student(values)
+    return told.mean, told.high - told.mean
 
 
 def harm_of(found: Mapping[str, Any], name: str) -> float:

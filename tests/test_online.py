@@ -374,7 +374,8 @@ def test_a_run_that_was_killed_in_a_rollout_goes_on_to_the_same_bits(whole, plac
 
 
 def test_a_mesh_pairs_and_learns_alike(whole, place):
-    several = lines(train(place, "mesh", train__steps=4, mesh__data=2, mesh__fsdp=2, mesh__tensor=2) / "metrics.jsonl")
+    """What is paired lies on several devices; how a model is cut is of no matter here (tests/test_ppo_runs.py)."""
+    several = lines(train(place, "mesh", train__steps=4, mesh__data=4) / "metrics.jsonl")
     for one, other in zip(lines(whole / "metrics.jsonl")[:4], several, strict=True):
         for name in ("loss", "objective/score", "pairs/equal", "logps/chosen", "rewards/margins", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name

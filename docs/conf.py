@@ -19,10 +19,12 @@ SECTIONS = {
     "Start": ("guide", "chain", "methods/README"),
     "Data and labels": ("data", "world", "rankings", "labelling", "aggregation", "judges"),
     "Rewards and rollouts": ("rewards", "sampling", "experts"),
-    "What it is worth": ("evaluation", "reward-evaluation", "comparing", "ablation", "metrics", "results/README"),
+    "What it is worth": (
+        "evaluation", "reward-evaluation", "comparing", "ablation", "lab", "metrics", "results/README",
+    ),
     "Further": (),
     "Background": ("papers", "adr/README"),
-}
+}  # fmt: skip
 # A method's page says `algorithm=NAME` in its first lines, and that is its group.
 METHODS = {
     "Demonstrations": ("sft",),
@@ -79,7 +81,8 @@ def _navigation() -> dict[str, str]:
     return {
         "README": "".join(_contents(name, pages, True) for name, pages in sections.items() if pages),
         "docs/methods/README": "".join(_contents(name, pages, False) for name, pages in methods.items()),
-        "docs/results/README": _contents("Further results", _below("results"), True),
+        "docs/results/README": _contents("Further results", [*_below("results"), "results/lab/README"], True),
+        "docs/results/lab/README": _contents("Studies", _below("results/lab"), True),
         "docs/adr/README": _contents("Decisions", _below("adr"), False),
     }
 

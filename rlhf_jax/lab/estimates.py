@@ -1,4 +1,4 @@
-"""Estimates over a few seeds, and the published curves of over-optimisation fitted."""
+"""Estimates over a few seeds; the published curves of over-optimisation, fitted; what is highest along a run."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from rlhf_jax.evaluate.intervals import Estimate, student
 
 Law = Literal["best_of", "policy"]
+WINDOW = 3  # values along a run that are taken together where one is looked at
 
 
 class Fit(NamedTuple):
@@ -68,3 +69,26 @@ def over_seeds(values: Sequence[float | None]) -> Estimate | None:
     """
     told = [float(value) for value in values if value is not None and math.isfinite(value)]
     return student(told) if told else None
+
+
+# Along a run
+
+
+def near(values: np.ndarray, place: int) -> float:
+    """The mean over the WINDOW values around a place, moved inwards at the ends; those that aren't numbers left out."""
+    low = min(max(place - WINDOW // 2, 0), max(len(values) - WINDOW, 0))
+    return float(np.nanmean(values[low : low + WINDOW]))
+
+
+def highest(values: np.ndarray) -> int:
+    """The place around which the values are highest; it has a value itself."""
+    means = [near(values, place) if np.isfinite(values[place]) else -math.inf for place in range(len(values))]
+    return int(np.argmax(means))
+
+
+def height(halves: np.ndarray) -> float:
+    """The highest gold along a run, [2, R]: the place is chosen by one half of the answers, gold is the other's.
+
+    The mean of both ways round. The highest of noisy values is too high on average; this isn't.
+    """
+    return float(np.mean([near(halves[1 - own], highest(halves[own])) for own in (0, 1)]))

@@ -100,6 +100,10 @@ class Ground:
         whole = worlds.folder(self.start, self.cache) / "model"
         return os.fspath(whole if name == START else self.folder / name)
 
+    def exported(self, name: str) -> str:
+        """A trained model as a folder that others can be trained from, as `model.path`."""
+        return os.fspath(worlds.export(self.model(name), self.folder / f"{name}-exported"))
+
     def config(self, **sections: Any) -> Config:
         """A quiet run of this seed from the start that evaluates nothing and keeps its last step."""
         base = Config(
@@ -193,16 +197,22 @@ class Ground:
         opened = open_rewards(self.model(name))
         return Rewards(name, [Subject(name, one.model, one.params, one.tokenizer) for one in opened])
 
-    def answers(self, subject: Subject, prompts: Sequence[str], samples: int = 4, seed: int = 7) -> Answers:
-        """Answers at temperature 1 to each prompt."""
+    def answers(
+        self, subject: Subject, prompts: Sequence[str], samples: int = 4, seed: int = 7, temperature: float = 1.0
+    ) -> Answers:
+        """Answers to each prompt; at the temperature 0 each is the likeliest token by token, and one is enough."""
         if (key := (subject.model, samples)) not in self._samplers:
             self._samplers[key] = Sampler(subject.model, samples=samples)
-        return answer(subject, Encoder(subject.tokenizer), self._samplers[key], prompts, worlds.SAMPLING, seed)
+        sampling = dataclasses.replace(worlds.SAMPLING, temperature=temperature)
+        return answer(subject, Encoder(subject.tokenizer), self._samplers[key], prompts, sampling, seed)
 
-    def kl(self, subject: Subject, answers: Answers) -> float:
-        """The KL of a model from the start, nats an answer, from its own answers: unbiased, and below 0 by chance."""
-        own, base = (np.asarray(logprobs(one, answers, 1.0)) for one in (subject, self.subject()))
-        return float(np.mean(own - base))
+    def kl(self, subject: Subject, answers: Answers, base: Subject | None = None) -> float:
+        """The KL of a model from another, the start unless one is given, nats an answer, from its own answers.
+
+        Unbiased, and below 0 by chance.
+        """
+        own, other = (np.asarray(logprobs(one, answers, 1.0)) for one in (subject, base or self.subject()))
+        return float(np.mean(own - other))
 
     def scores(self, rewards: Rewards, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> np.ndarray:
         """[members, prompts, samples] scores; an empty answer, which can't be scored, counts as a full stop."""

@@ -57,9 +57,11 @@ def write(study: Study, results: Results, folder: epath.Path) -> epath.Path:
 def blocks_of(study: Study, results: Results, drawn: Sequence[Lines | Frontier]) -> list[Block]:
     """The page's parts in their order."""
     seeds = results.seeds
-    seconds = statistics.median(seed.seconds for seed in seeds)
     own = ", ".join(str(seed.seed) for seed in seeds)
-    ran = f"Seeds {own}; {seconds:.0f} s a seed (the median), without the making of its start. {results.made}."
+    took = f"{statistics.median(seed.seconds for seed in seeds):.0f} s"
+    if used := [seed.processor for seed in seeds if seed.processor is not None]:
+        took += f", of the processor {statistics.median(used):.0f} s"
+    ran = f"Seeds {own}; a seed took {took} (the median), without the making of its start. {results.made}."
     return [
         Text("Question", [study.question]),
         Code("Command", results.command, ran),

@@ -28,6 +28,7 @@ class Seen:
     seconds: float  # that it took, the making of its start left out
     figures: Figures
     curves: Mapping[str, Curve]
+    processor: float | None = None  # seconds of it, which don't depend on what else the machine does
 
     def value(self, condition: str, measure: str) -> float | None:
         """A figure; None where the seed has none."""

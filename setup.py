@@ -24,6 +24,8 @@ CROWD = "crowd-kit>=1.4.2,<2"
 JUDGE = ["httpx>=0.28,<1", "tenacity>=9.1,<10"]
 # The labelling page: docs/adr/016-the-labelling-page.md.
 LABEL = ["starlette>=1.10,<2", "uvicorn>=0.54,<0.55"]
+# lm-evaluation-harness, without torch: docs/adr/020-the-harness.md.
+HARNESS = "lm-eval>=0.4.13,<0.5"
 # The site: docs/adr/019-the-site.md. Sphinx 9.0 is the last for Python 3.11.
 DOCS = ["furo>=2025.12.19,<2027", "myst-parser>=5.2,<6", "sphinx>=9.0.4,<10"]
 
@@ -64,6 +66,7 @@ setup(
         "aggregate": [CROWD],
         "judge": JUDGE,
         "label": LABEL,
+        "harness": [HARNESS],
         "docs": DOCS,
         "test": [
             "hypothesis>=6.170,<7",
@@ -80,8 +83,15 @@ setup(
             # Compiling for a TPU needs libtpu and no TPU; it is made for this platform only.
             f'{TPU}; sys_platform == "linux" and platform_machine == "x86_64"',
         ],
-        # The two sides of tests/parity, and nothing that the package itself imports.
-        "parity": ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "torch==2.13.0", "trl==1.16.0", "peft==0.21.2"],
+        # The two sides of tests/parity, and nothing that the package itself imports but for the harness.
+        "parity": [
+            "pytest>=9.2,<10",
+            "pytest-xdist>=3.8,<4",
+            "torch==2.13.0",
+            "trl==1.16.0",
+            "peft==0.21.2",
+            "lm-eval==0.4.13",
+        ],  # fmt: skip
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

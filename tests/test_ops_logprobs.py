@@ -17,7 +17,7 @@ from rlhf_jax.ops.layout import Layout
 from rlhf_jax.ops.logprobs import Head, HeadStat, token_logprobs
 from rlhf_jax.sharding import MeshShape, make_mesh
 
-WANT: tuple[HeadStat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs")
+WANT: tuple[HeadStat, ...] = ("logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs", "greedy")
 LEARNT = ("hidden", "kernel", "bias")
 B, T, D, V = 8, 6, 4, 12  # one shape for nearly all tests, so that they share what was compiled
 few = settings(max_examples=10, deadline=None)
@@ -34,7 +34,7 @@ class Problem(NamedTuple):
     bias: Any
     targets: Any
     mask: Any
-    weights: Any  # [5, B, T], in the order of WANT
+    weights: Any  # [6, B, T], in the order of WANT
 
 
 def draw(seed: int = 0, sizes: tuple[int, int, int, int] = (B, T, D, V), mask: np.ndarray | None = None) -> Problem:
@@ -71,6 +71,7 @@ def oracle(
         "logsumexp": lse[..., 0],
         "log_sum_sq": np.log(np.square(np.exp(log_p)).sum(-1)),
         "mean_logprobs": log_p.mean(-1),
+        "greedy": z.argmax(-1) == p.targets,
     }
     return {name: np.where(p.mask, value, 0) for name, value in found.items()}
 
@@ -172,6 +173,17 @@ def test_large_logits_keep_their_precision() -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-3)
     assert (np.asarray(found["entropy"]) >= 0).all()
     assert all(np.isfinite(np.asarray(slope)).all() for slope in slopes.values())
+
+
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
+    """As argmax has it, and so the sampler at temperature 0."""
+    p = draw(11, mask=np.ones((B, T), bool))
+    kernel = np.repeat(p.kernel[: V // 2], 2, axis=0)  # each token has a twin behind it
+    targets = np.arange(B * T, dtype=np.int32).reshape(B, T) % V
+    hidden = np.broadcast_to(p.hidden[:1, :1], p.hidden.shape)
+    found, _ = run(p._replace(hidden=hidden, kernel=kernel, targets=targets), with_bias=False, want=("greedy",))
+    greedy = np.asarray(found["greedy"]).reshape(-1)[:V]
+    assert greedy.sum() == 1 and greedy.argmax() == 2 * int((p.kernel[: V // 2] @ p.hidden[0, 0]).argmax())
 
 
 def test_temperature_gets_no_gradient() -> None:

@@ -15,7 +15,7 @@ from jax import Array
 from rlhf_jax.ops.chunks import Chunks, backward, before_cap, cut, forward, logits_of
 from rlhf_jax.ops.layout import Layout
 
-HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs"]
+HeadStat = Literal["logprobs", "entropy", "logsumexp", "log_sum_sq", "mean_logprobs", "greedy"]
 Stat = HeadStat | Literal["balance", "score"]  # of the layers, or another head: `token_logprobs` can't give them
 
 
@@ -35,6 +35,7 @@ class TokenStats(NamedTuple):
     logsumexp: Array = None  # pyright: ignore[reportAssignmentType] of z
     log_sum_sq: Array = None  # pyright: ignore[reportAssignmentType] log sum_v softmax(z)_v^2
     mean_logprobs: Array = None  # pyright: ignore[reportAssignmentType] mean over v of log softmax(z)_v, nats
+    greedy: Array = None  # pyright: ignore[reportAssignmentType] 1 where the target is argmax z, the first of equals
     balance: Array = None  # pyright: ignore[reportAssignmentType] of the experts, over all tokens but padding
     score: Array = None  # pyright: ignore[reportAssignmentType] of a second head, in the state before the token
 
@@ -67,13 +68,13 @@ def token_logprobs(
     chunk: int = 1024,
     layout: Layout = Layout(),
 ) -> TokenStats:
-    """Log-probability, entropy, log-sum-exp, log sum p^2 or mean log p of each target token.
+    """Log-probability, entropy, log-sum-exp, log sum p^2, mean log p of each target token, or if it is the likeliest.
 
     With z = cap(hidden @ kernel.T + bias) / temperature and cap(x) = c tanh(x / c) if `soft_cap` is c:
     logprob = z[target] - logsumexp(z); entropy = logsumexp(z) - sum p z; log_sum_sq = logsumexp(2 z) -
-    2 logsumexp(z); mean_logprobs = mean z - logsumexp(z). The wanted tokens of each row are moved to its front, so
-    that the head never runs on a chunk without one: prompts and padding cost nothing. Gradients flow to `hidden`
-    and `head`, never to `temperature`; the backward pass makes each chunk's logits again.
+    2 logsumexp(z); mean_logprobs = mean z - logsumexp(z); greedy = [target = argmax z]. The wanted tokens of each row
+    are moved to its front, so that the head never runs on a chunk without one: prompts and padding cost nothing.
+    Gradients flow to `hidden` and `head`, never to `temperature`; the backward pass makes each chunk's logits again.
 
     Args:
       hidden: [B, T, D], any float dtype; products accumulate in float32.
@@ -100,6 +101,13 @@ def _hit(logits: Array, targets: Array) -> Array:
     return jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
 
 
+def _is_first(logits: Array, targets: Array) -> Array:
+    """Whether no token is likelier, and none before it as likely, bool [B, C]; local like `_hit`."""
+    own = jnp.sum(jnp.where(_hit(logits, targets), logits, 0), axis=-1)[..., None]
+    before = jnp.arange(logits.shape[-1])[None, None] < targets[..., None]
+    return ~jnp.any((logits > own) | ((logits == own) & before), axis=-1)
+
+
 def _chunk_stats(static: _Static, logits: Array, targets: Array) -> tuple[Array, ...]:
     lse = jax.nn.logsumexp(logits, axis=-1)
     find = {
@@ -108,6 +116,7 @@ def _chunk_stats(static: _Static, logits: Array, targets: Array) -> tuple[Array,
         "logsumexp": lambda: lse,
         "log_sum_sq": lambda: jax.nn.logsumexp(2 * logits, axis=-1) - 2 * lse,
         "mean_logprobs": lambda: jnp.mean(logits - lse[..., None], axis=-1),
+        "greedy": lambda: _is_first(logits, targets).astype(jnp.float32),
     }
     return tuple(find[name]() for name in static.want)
 
@@ -127,6 +136,7 @@ def _chunk_gradient(static: _Static, logits: Array, targets: Array, cotangents: 
         "logsumexp": lambda: p,
         "log_sum_sq": lambda: 2 * (jax.nn.softmax(2 * logits, axis=-1) - p),
         "mean_logprobs": lambda: 1 / logits.shape[-1] - p,
+        "greedy": lambda: jnp.zeros_like(logits),
     }
     return sum(
         (g[..., None] * find[name]() for name, g in zip(static.want, cotangents, strict=True)),

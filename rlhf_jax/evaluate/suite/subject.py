@@ -69,7 +69,7 @@ class LanguageModel:
         self._text = text_of(subject.tokenizer)
 
     def likelihoods(self, asked: Sequence[Asked]) -> list[float | Refusal]:
-        """Rows of like length are weighed together; a length compiles once. Errors: UserError as `_check`."""
+        """Rows of like length are weighed together; a length compiles once. Errors: UserError as `check_ids`."""
         spans = self.spans(asked)
         found: list[float | Refusal] = [span if isinstance(span, Refusal) else 0.0 for span in spans]
         rows = {place: span for place, span in enumerate(spans) if isinstance(span, Span)}
@@ -86,7 +86,7 @@ class LanguageModel:
                 spans.append(row)
                 continue
             stop = int(row.ends[-1]) + 1
-            self._check(row.ids)
+            check_ids(self._subject, row.ids)
             over = Refusal(f"{stop} tokens, over the context of {context}")
             spans.append(Span(row.ids[:stop], row.start) if stop <= context else over)
         return spans
@@ -101,7 +101,7 @@ class LanguageModel:
             if isinstance(ids, Refusal):
                 found.append(ids)
                 continue
-            self._check(ids)
+            check_ids(self._subject, ids)
             over = f"{len(ids)} tokens and {room} new ones, over the context of {context}"
             found.append("" if len(ids) + room <= context else Refusal(over))
             if found[-1] == "":
@@ -129,25 +129,39 @@ class LanguageModel:
             return (Message("user", one.prompt),), (Message("assistant", self._option(one)),)
         return one.plain, self._option(one)
 
-    def _check(self, ids: np.ndarray) -> None:
-        """Errors: UserError for a tokenizer that doesn't belong to the model."""
-        vocab = self._subject.model.shape.vocab
-        if ids.max(initial=0) >= vocab:
-            raise UserError(
-                f"the tokenizer of {self.name} gives token {ids.max()}, but the model's vocabulary ends at "
-                f"{vocab - 1}; give a folder whose tokenizer belongs to its model."
-            )
+
+class Likelihood(NamedTuple):
+    """What a model says of the weighed tokens of a row."""
+
+    logprob: float  # nats
+    greedy: bool  # whether each of them is the likeliest there, so that temperature 0 would write them
+
+
+def check_ids(subject: Subject, ids: np.ndarray) -> None:
+    """Errors: UserError for a tokenizer that doesn't belong to the model."""
+    vocab = subject.model.shape.vocab
+    if ids.max(initial=0) >= vocab:
+        raise UserError(
+            f"the tokenizer of {subject.name} gives token {ids.max()}, but the model's vocabulary ends at "
+            f"{vocab - 1}; give a folder whose tokenizer belongs to its model."
+        )
 
 
 def logprobs(subject: Subject, rows: Sequence[Span]) -> list[float]:
-    """The log-probability of the weighed tokens of each row, nats, in the order of the rows.
+    """The log-probability of the weighed tokens of each row, nats, in the order of the rows."""
+    return [one.logprob for one in likelihoods(subject, rows)]
+
+
+def likelihoods(subject: Subject, rows: Sequence[Span]) -> list[Likelihood]:
+    """Of each row, in their order. The last token is only weighed, so a row may have one more than the context.
 
     Options of a single token behind the same text, such as letters, are read from one pass over it.
     """
     one = [number for number, row in enumerate(rows) if row.start == len(row.ids) - 1]
     several = [number for number, row in enumerate(rows) if row.start < len(row.ids) - 1]
-    out = np.zeros(len(rows), np.float64)
-    out[several] = _in_rows(subject, [rows[number] for number in several], _logprob)
+    out = np.zeros((len(rows), 2), np.float64)
+    if several:
+        out[several] = _in_rows(subject, [rows[number] for number in several], _whole)
     places: dict[bytes, list[int]] = {}
     for number in one:
         same = places.setdefault(rows[number].ids[:-1].tobytes(), [])
@@ -164,7 +178,7 @@ def logprobs(subject: Subject, rows: Sequence[Span]) -> list[float]:
     told = _in_rows(subject, texts, _next, tokens)
     for numbers, values in zip(follow, told, strict=True):
         out[numbers] = values[: len(numbers)]
-    return out.tolist()
+    return [Likelihood(logprob, greedy == 1) for logprob, greedy in out.tolist()]
 
 
 def _in_rows(subject: Subject, rows: Sequence[Span], read: Any, tokens: np.ndarray | None = None) -> list[Any]:
@@ -174,7 +188,8 @@ def _in_rows(subject: Subject, rows: Sequence[Span], read: Any, tokens: np.ndarr
     size = -(-ROWS // model.layout.shards) * model.layout.shards
     by_length: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
-        by_length.setdefault(bucket(max(len(row.ids), SHORTEST), model.shape.length), []).append(number)
+        count, most = len(row.ids), max(len(row.ids), model.shape.length)
+        by_length.setdefault(bucket(max(count, SHORTEST), most), []).append(number)
     out: list[Any] = [None] * len(rows)
     for length, numbers in sorted(by_length.items()):
         for start in range(0, len(numbers), size):
@@ -191,17 +206,21 @@ def _in_rows(subject: Subject, rows: Sequence[Span], read: Any, tokens: np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprob(model: Model, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
-    return model.token_stats(params, rows).logprobs.sum(axis=1)
+def _whole(model: Model, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+    """Of each row the log-probability of its weighed tokens, and 1 if all of them are the likeliest, [B, 2]."""
+    told = model.token_stats(params, rows, want=("logprobs", "greedy"))
+    greedy = jnp.all((told.greedy == 1) | ~rows["mask"], axis=1)
+    return jnp.stack([told.logprobs.sum(axis=1), greedy.astype(jnp.float32)], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _next(model: Model, params: Any, rows: dict[str, jax.Array]) -> jax.Array:
-    """Of each row the log-probability of each option as its next token, [B, OPTIONS]."""
+    """Of each row each option's log-probability as its next token, and 1 if it is the likeliest, [B, OPTIONS, 2]."""
     hidden = model.apply(params, rows["tokens"], rows["segments"], rows["positions"])
     last = jnp.maximum(rows["segments"].sum(axis=1) - 1, 0)  # an empty row has no last token
     logits = model.logits(params, jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0]
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), rows["options"], axis=1)
+    told = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), rows["options"], axis=1)
+    return jnp.stack([told, rows["options"] == jnp.argmax(logits, axis=-1)[:, None]], axis=-1)
 
 
 def _batch(rows: Sequence[Span], size: int, length: int) -> dict[str, np.ndarray]:

@@ -185,7 +185,7 @@ def test_a_page_says_what_held_and_what_did_not(bare, tmp_path):
     assert "| It fails | gold, hacked less plain | −1.10 (−1.35 to −0.852) | shown |" in text
     assert "| It is long | words, hacked | 9.00 (9.00 to 9.00) | more |" in text
     assert "| `mended`: it is taken back | gold, against `hacked` | 1.10 (0.852 to 1.35) | helps |  |" in text
-    assert "What did not help here: `plain` (no help was shown)." in text
+    assert "What did not help here: `plain` for gold (no help was shown)." in text
     assert "| hacked | gold | 0, −0.100, −0.200 |" in text and "![Gold](made_up-gold.png)" in text
     assert "| levels | 1,2 | that are tried |" in text
     assert (tmp_path / "made_up-gold.png").read_bytes()[:4] == b"\x89PNG"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from rlhf_jax.evaluate.intervals import Estimate, student
 
@@ -92,3 +93,14 @@ def height(halves: np.ndarray) -> float:
     The mean of both ways round. The highest of noisy values is too high on average; this isn't.
     """
     return float(np.mean([near(halves[1 - own], highest(halves[own])) for own in (0, 1)]))
+
+
+def stopped(kl: np.ndarray, budget: float) -> int:
+    """The last rollout before the KL is above a budget for the first time; at least the first."""
+    over = np.flatnonzero(kl > budget)
+    return max(int(over[0]) - 1, 0) if len(over) else len(kl) - 1
+
+
+def order(values: np.ndarray) -> float:
+    """The rank correlation of values with their places: 1 where each is higher than the one before."""
+    return float(np.corrcoef(np.arange(len(values)), stats.rankdata(values))[0, 1])

@@ -134,8 +134,12 @@ def _remedies(study: Study, seeds: Sequence[Seen]) -> list[Block]:
             + [one.verdict, *(told(one.prices.get(price)) for price in prices)]
         )
     columns = ["remedy", "what it should mend", "changes it by", "verdict", *(f"price: {one}" for one in prices)]
-    failed = [f"`{one.remedy.condition}` ({one.verdict})" for one in mended if one.verdict != findings.HELPS["shown"]]
-    note = f"What did not help here: {', '.join(dict.fromkeys(failed))}." if failed else "All of them helped here."
+    failed = [
+        f"`{one.remedy.condition}` for {one.remedy.measure} ({one.verdict})"
+        for one in mended
+        if one.verdict != findings.HELPS["shown"]
+    ]
+    note = f"What did not help here: {'; '.join(dict.fromkeys(failed))}." if failed else "All of them helped here."
     return [Table("What mends it, and at what price", columns, rows, note)]
 
 

@@ -1,6 +1,13 @@
 """The studies by name, each a module of this folder."""
 
-from rlhf_jax.lab.studies import noise
+from rlhf_jax.lab.studies import direct, noise, shift
 from rlhf_jax.lab.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (noise.STUDY,)}
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        direct.STUDY,
+        noise.STUDY,
+        shift.STUDY,
+    )
+}

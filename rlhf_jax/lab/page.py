@@ -17,6 +17,8 @@ from rlhf_jax.report.figures import save
 from rlhf_jax.report.markdown import markdown
 from rlhf_jax.report.wording import number
 
+OPENING = ("Question", "Command")  # what a page begins with, without headings: the command is of all that follows
+
 
 class Results(NamedTuple):
     """All that a page is made of, besides the study itself."""
@@ -49,8 +51,8 @@ def write(study: Study, results: Results, folder: epath.Path) -> epath.Path:
         save(block, folder / files[block.title])
     blocks = blocks_of(study, results, [*drawn.values()])
     (folder / f"{study.name}.json").write_text(results.to_json())
-    report.write(folder / f"{study.name}.html", study.title, [block for block in blocks if block.title])
-    (page := folder / f"{study.name}.md").write_text(markdown(study.title, blocks, files))
+    report.write(folder / f"{study.name}.html", study.title, blocks)
+    (page := folder / f"{study.name}.md").write_text(markdown(study.title, blocks, files, OPENING))
     return page
 
 

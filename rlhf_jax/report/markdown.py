@@ -1,17 +1,18 @@
 """Blocks of a report as Markdown, for pages that stand beside the code; pictures are files that they name."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from rlhf_jax.report.blocks import Block, Cell, Code, Frontier, Lines, Table, Text
 from rlhf_jax.report.wording import number, visible
 
 
-def markdown(title: str, blocks: Sequence[Block], pictures: Mapping[str, str]) -> str:
-    """A page: each block a section below its title, one without a title follows what stands before it.
+def markdown(title: str, blocks: Sequence[Block], pictures: Mapping[str, str], plain: Collection[str] = ()) -> str:
+    """A page: each block a section below its title, a picture without one.
 
     Args:
       blocks: tables, texts, code, and pictures that have a file.
       pictures: by a picture's title the file that it was saved to, as the page names it.
+      plain: titles that the page doesn't show: these blocks go on with what stands before them.
     Raises: KeyError for a picture without a file, TypeError for a block that Markdown has no form for.
 
     >>> print(markdown("A study", [Table("Figures", ["name", "value"], [["a|b", 0.5]], "Note.")], {}), end="")
@@ -27,7 +28,7 @@ def markdown(title: str, blocks: Sequence[Block], pictures: Mapping[str, str]) -
     """
     parts = [f"# {title}"]
     for block in blocks:
-        if block.title and not isinstance(block, Lines | Frontier):
+        if block.title not in plain and not isinstance(block, Lines | Frontier):
             parts.append(f"## {block.title}")
         parts += _body(block, pictures)
         parts += [block.note] if block.note else []

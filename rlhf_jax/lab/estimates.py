@@ -57,6 +57,13 @@ def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
     return Fit(law, float(alpha), float(beta), float(1 - left / all_of_it) if all_of_it > 0 else math.nan)
 
 
+def within(d: Sequence[float], gold: Sequence[float], reach: float) -> tuple[list[float], list[float]]:
+    """The points, as `fit` takes them, whose KL is at most `reach` nats, but never less than the first three."""
+    near = [place for place, x in enumerate(d) if x**2 <= reach]
+    kept = near if len(near) >= 3 else range(min(3, len(d)))
+    return [float(d[place]) for place in kept], [float(gold[place]) for place in kept]
+
+
 def _bent(law: Law, d: np.ndarray) -> np.ndarray:
     """What beta multiplies: d^2, or d log d, which is 0 at 0."""
     return d**2 if law == "best_of" else d * np.log(np.where(d > 0, d, 1.0))

@@ -328,8 +328,8 @@ STUDY = Study(
         "only manner decides (639 pairs), and on 49% of those of like politeness of which one is more correct (211). "
         "Manner looks alike in any wording, so little was there to be lost on shifted prompts.",
         "A policy learns the manner that is liked, and what is left between its answers is what the reward model never "
-        "knew: on seed 101 politeness differed in 610 pairs of the start's answers and in 162 of the policy's. That may "
-        "be a part of the fall. It isn't all: where only manner decides, accuracy fell from 84% to 72%.",
+        "knew: on seed 101 politeness differed in 610 pairs of the start's answers and in 162 of the policy's. It may "
+        "be a part of the fall, but not all: where only manner decides, accuracy fell from 84% to 72%.",
         "Overconfidence is a mean and may have either sign. The calibration error is a sum of sizes: some of it is the "
         "chance of finite pairs, in every domain.",
         "Closeness needs no ensemble: one model has it too. The members' standard deviation is larger where the "

@@ -1,6 +1,6 @@
 """The studies by name, each a module of this folder."""
 
-from rlhf_jax.lab.studies import direct, length, noise, shift, sycophancy
+from rlhf_jax.lab.studies import direct, length, noise, overoptimisation, shift, sycophancy
 from rlhf_jax.lab.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -9,6 +9,7 @@ STUDIES: dict[str, Study] = {
         direct.STUDY,
         length.STUDY,
         noise.STUDY,
+        overoptimisation.STUDY,
         shift.STUDY,
         sycophancy.STUDY,
     )

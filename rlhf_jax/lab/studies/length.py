@@ -232,7 +232,7 @@ STUDY = Study(
     conditions=CONDITIONS,
     phenomena=[
         Claim("DPO on labels that like length lengthens answers", WORDS, "dpo biased", START),
-        Claim("DPO on them earns less gold than on labels that don't like length", GOLD, "dpo biased", "dpo unbiased", -1),
+        Claim("DPO on them earns less gold than on labels that don't", GOLD, "dpo biased", "dpo unbiased", -1),
         Claim("DPO on labels that like length ends below the start", GOLD, "dpo biased", START, -1),
         Claim("PPO against a reward model of labels that like length lengthens answers", WORDS, "ppo biased", START),
         Claim("PPO earns less gold than against one of labels that don't", GOLD, "ppo biased", "ppo unbiased", -1),

@@ -5,9 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from rlhf_jax.lab.findings import found, mended
 from rlhf_jax.lab.studies import length
-from rlhf_jax.lab.study import Seen
 
 SHORT, LONG = "Sure! The key is black.", "The key is black. I hope that this helps you."  # 5 and 10 words
 
@@ -54,13 +52,3 @@ def test_of_each_difference_as_many_longer_as_shorter_are_left():
     assert kept == {3: 4, -3: 4, 1: 2, -1: 2, 0: 7}
     assert all(row in rows for row in left) and len({row["prompt"] for row in left}) == len(left)
     assert left == length.balanced(rows, 5) and left != length.balanced(rows, 6)
-
-
-def test_every_claim_and_remedy_is_of_what_is_measured():
-    """A seed that has every declared figure leaves no claim without a difference."""
-    models = {name: 1.0 for name in (length.GOLD, length.WORDS, length.KL, length.CORRECT)}
-    figures = {name: models for name in length.STUDY.conditions}
-    assert length.RUNS.keys() < figures.keys()
-    seeds = [Seen(seed, 1.0, figures, {}) for seed in range(2)]
-    assert all(one.difference is not None for one in found(length.STUDY, seeds))
-    assert all(one.difference is not None and None not in one.prices.values() for one in mended(length.STUDY, seeds))

@@ -1,6 +1,6 @@
 """The studies by name, each a module of this folder."""
 
-from rlhf_jax.lab.studies import direct, kwise, length, noise, shift, sycophancy, tastes
+from rlhf_jax.lab.studies import direct, kwise, length, noise, overoptimisation, safety, shift, sycophancy, tastes
 from rlhf_jax.lab.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -10,6 +10,8 @@ STUDIES: dict[str, Study] = {
         kwise.STUDY,
         length.STUDY,
         noise.STUDY,
+        overoptimisation.STUDY,
+        safety.STUDY,
         shift.STUDY,
         sycophancy.STUDY,
         tastes.STUDY,

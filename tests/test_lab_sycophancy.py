@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf_jax.data import world
+from rlhf_jax.data.world_rows import Split
 from rlhf_jax.lab.studies import sycophancy
 from rlhf_jax.lab.studies.sycophancy import Doubt, Listener
 
@@ -40,7 +41,8 @@ def test_who_gives_way(prompt, answer, gave):
 
 
 def test_second_turns_are_held_out_by_their_question_and_as_right_as_asked():
-    for split, held_out in (("train", False), ("held_out", True)):
+    splits: dict[Split, bool] = {"train": False, "held_out": True}
+    for split, held_out in splits.items():
         doubts = [sycophancy.doubt_of(prompt) for prompt in sycophancy.second_turns(40, 0, split)]
         assert all(doubt is not None and world.held_out(doubt.question) is held_out for doubt in doubts)
     for share, right in ((0.0, False), (1.0, True)):
@@ -78,10 +80,11 @@ def test_a_panel_has_the_share_of_honest_people():
 
 
 def test_labels_follow_the_people_and_leave_equal_answers_out():
-    prompts = [row for row in sycophancy.second_turns(60, 0, right=1.0)]
+    prompts = sycophancy.second_turns(60, 0, right=1.0)
     texts = []
     for prompt in prompts:
         doubt = sycophancy.doubt_of(prompt)
+        assert doubt is not None
         asked = world.parse(doubt.question)
         other = next(value for value in world.VALUES[asked.attribute] if value != asked.right)
         texts.append([f"Yes. {doubt.first}", f"Sorry. {world.body(asked, other)}"])

@@ -1,12 +1,24 @@
 """The studies by name, each a module of this folder."""
 
-from rlhf_jax.lab.studies import direct, kwise, length, noise, overoptimisation, safety, shift, sycophancy, tastes
+from rlhf_jax.lab.studies import (
+    direct,
+    hedging,
+    kwise,
+    length,
+    noise,
+    overoptimisation,
+    safety,
+    shift,
+    sycophancy,
+    tastes,
+)
 from rlhf_jax.lab.study import Study
 
 STUDIES: dict[str, Study] = {
     study.name: study
     for study in (
         direct.STUDY,
+        hedging.STUDY,
         kwise.STUDY,
         length.STUDY,
         noise.STUDY,

@@ -382,7 +382,7 @@ STUDY = Study(
         "price and ensemble weren't tuned. Tried before: at a rate of 3e-4 gold rose from 0.7 to 1.4 and had lost 0.3 "
         "of it at 7 nats, where the run ended; at 1.5e-3 from the first update on the rise was over within a rollout.",
         "A point of a fit has 512 answers, whose gold has a standard error of 0.05: chance alone keeps R2 below 1. The "
-        "means over seeds, whose R2 stands below the pictures, have less of it.",
+        "means over seeds have less of it; their R2 below the pictures was added when three seeds were seen.",
         "On seeds 100 and 101 gold levelled off beyond 10 nats: R2 with few and many pairs was 0.72 to 0.95 of all "
         "points, 0.91 to 0.97 up to there. That reach was set when two of the seeds below had run, fitted to all "
         "points. It changed one verdict: of all points PPO's curve explained 0.22 (0.04 to 0.39) more than the other.",

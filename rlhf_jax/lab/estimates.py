@@ -34,7 +34,7 @@ class Fit(NamedTuple):
         return self.alpha * d - self.beta * _bent(self.law, d)
 
 
-def fit(law: Law, d: Sequence[float], gold: Sequence[float]) -> Fit:
+def fit(law: Law, d: Sequence[float] | np.ndarray, gold: Sequence[float] | np.ndarray) -> Fit:
     """Least squares of gold = d (alpha - beta d) for best of n, d (alpha - beta log d) for a policy.
 
     Args:

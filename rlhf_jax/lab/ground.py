@@ -6,7 +6,6 @@ run once more.
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -60,6 +59,7 @@ class Ground:
         self.folder, self.seed, self.start, self.cache = epath.Path(folder), seed, f"{start}@{seed}", cache
         self.folder.mkdir(parents=True, exist_ok=True)
         self._samplers = {} if samplers is None else samplers
+        self._subjects: dict[str, Subject] = {}
         worlds.folder(self.start, cache, run.train)
 
     # Rows
@@ -186,11 +186,12 @@ class Ground:
 
     # Measuring
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019  a ground lives as long as its seed is measured
     def subject(self, name: str = START) -> Subject:
-        """A model that writes, by the name under which it was trained."""
-        policy = open_policy(self.model(name))
-        return Subject(name, policy.model, policy.params, policy.tokenizer, policy.end_ids)
+        """A model that writes, by the name under which it was trained; opened once."""
+        if name not in self._subjects:
+            policy = open_policy(self.model(name))
+            self._subjects[name] = Subject(name, policy.model, policy.params, policy.tokenizer, policy.end_ids)
+        return self._subjects[name]
 
     def rewards(self, name: str) -> Rewards:
         """A trained reward model, or ensemble, by its name."""

@@ -1,7 +1,6 @@
 """A study written down: question, set-up, figures with every seed, claims and remedies with intervals."""
 
 import json
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -177,8 +176,3 @@ def traded(seeds: Sequence[Seen], title: str, x: str, y: str, conditions: Iterab
         points = [(seed.value(name, x), seed.value(name, y)) for seed in seeds]
         curves[name] = [("", [(a, b) for a, b in points if a is not None and b is not None])]
     return Frontier(title, x, y, curves)
-
-
-def path_of(folder: str | os.PathLike[str], study: Study) -> epath.Path:
-    """Where the results of a study's page lie."""
-    return epath.Path(folder) / f"{study.name}.json"

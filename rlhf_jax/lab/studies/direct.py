@@ -1,6 +1,7 @@
 """DPO against PPO, and whose answers the pairs are of: the same labels, spent in many ways."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -182,11 +183,8 @@ class Spent:
         }  # fmt: skip
         curves = {}
         for condition, name, changes in ((PPO, "ppo", {"ppo.kl": knobs.kl}), (ONLINE, "online", pairs)):
-            subject, seconds = timed(
-                ground.folder,
-                name,
-                lambda: ground.ppo(name, "reward", updates, changes),  # noqa: B023  called at once
-            )
+            train = functools.partial(ground.ppo, name, "reward", updates, changes)
+            subject, seconds = timed(ground.folder, name, train)
             self.judge(condition, subject, labels, paid + seconds)
             way = ground.trace(name, (KL_TRACED, GOLD_TRACED), 4 * WAY)
             curves[condition] = {"x": way[KL_TRACED], "y": way[GOLD_TRACED]}

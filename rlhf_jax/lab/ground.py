@@ -38,6 +38,7 @@ NONE: Changes = types.MappingProxyType({})
 QUIET = LogConfig(tensorboard=False, progress=False)
 DEMONSTRATIONS = 128  # held-out ones whose mean score a reward model is set to 0 by
 START = "start"  # the name of the model that everything begins with
+PRETRAINED = worlds.PRETRAINED  # and of what that was fine-tuned from
 
 
 class Ground:
@@ -96,9 +97,9 @@ class Ground:
     # Training
 
     def model(self, name: str = START) -> str:
-        """The folder of a model: the start's, or that of what was trained under a name."""
-        whole = worlds.folder(self.start, self.cache) / "model"
-        return os.fspath(whole if name == START else self.folder / name)
+        """The folder of a model: the start's, that before fine-tuning, or that of what was trained under a name."""
+        given = {START: worlds.folder, PRETRAINED: worlds.pretrained}
+        return os.fspath(given[name](self.start, self.cache) / "model" if name in given else self.folder / name)
 
     def exported(self, name: str) -> str:
         """A trained model as a folder that others can be trained from, as `model.path`."""

@@ -11,6 +11,7 @@ from rlhf_jax.lab.studies import (
     shift,
     sycophancy,
     tastes,
+    tax,
 )
 from rlhf_jax.lab.study import Study
 
@@ -27,5 +28,6 @@ STUDIES: dict[str, Study] = {
         shift.STUDY,
         sycophancy.STUDY,
         tastes.STUDY,
+        tax.STUDY,
     )
 }

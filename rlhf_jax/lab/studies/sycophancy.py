@@ -295,10 +295,8 @@ def measure(ground: Ground, knobs: Knobs) -> Measured:
 
 def pictures(seeds: Sequence[Seen]) -> dict[str, Frontier]:
     """Agreement and flips by condition, and agreement against agreement with what is right."""
-    ways = {
-        "DPO": {name: name for name in (BEFORE, HONEST, AGREEABLE, HALF, FILTERED, CONSISTENT)},
-        "PPO": {name: name for name in (PPO, PENALTY)},
-    }
+    tuned = (BEFORE, HONEST, AGREEABLE, HALF, FILTERED, CONSISTENT)
+    ways = {"DPO": dict(zip(tuned, tuned, strict=True)), "PPO": {name: name for name in (PPO, PENALTY)}}
     return {
         "biased": compared(seeds, "Answers that repeat a wrong opinion", BIASED, ways),
         "flips": compared(seeds, "Right answers that are given up under doubt", FLIPS, ways),
@@ -360,6 +358,8 @@ STUDY = Study(
         PENALTY: "the same with a penalty on every answer that gives way",
     },
     phenomena=[
+        Claim("the model before repeats a wrong opinion more often than it says the same unasked", SHIFT, BEFORE),
+        Claim("and so does DPO on agreeable labels", SHIFT, AGREEABLE),
         Claim("DPO on agreeable labels repeats wrong opinions more than on honest ones", BIASED, AGREEABLE, HONEST),
         Claim("and more often than the model before", BIASED, AGREEABLE, BEFORE),
         Claim("it gives up right answers under doubt more often than on honest ones", FLIPS, AGREEABLE, HONEST),
@@ -377,18 +377,17 @@ STUDY = Study(
     ],
     pictures=pictures,
     notes=[
-        "Settings were chosen on seed 100 alone, which isn't shown.",
-        "`before` learned to agree from people, so what labels do is best read against honest labels of the same "
-        "pairs. How often an opinion is repeated at all depends on how well so small a model copies. Seed 4 differs: "
-        "its reward model doesn't prefer giving in, and its DPO on agreeable labels flips less than `before`.",
+        "Settings were chosen on seed 100 alone, which isn't shown. The first two claims came when seeds were seen.",
+        "`before` learned to agree from people, so what labels do is best read against honest ones of the same pairs. "
+        "Seed 4's reward model doesn't prefer giving in, and its DPO on agreeable labels flips less than `before`.",
         "What had to be done for labels to matter (seed 100): without the fine-tuning that makes `before`, wrong "
         "opinions are repeated in 12% of answers. With demonstrations whose manners differed more, 887 pairs and 60 "
         "updates at a rate of 3e-4, agreeable and honest labels came to 0.41 and 0.38: manners decided most labels. "
         "DPO at rates of 8e-4 and 1e-3 moved the model 4.6 nats and more and cost right answers.",
         "To see that an opinion is repeated a reward model must compare answer and prompt; of second turns `Yes.` and "
         "`Sorry.` nearly tell. On seed 100 it scored the wrong opinion above the right answer for 46% of the prompts, "
-        "and for 39% after 240 updates in the place of 80. What it doesn't see PPO can't learn from it, so the "
-        "penalty is held against a PPO that agrees about as often as `before`. It was tried at this size alone.",
+        "and for 39% after 240 updates in the place of 80. What it doesn't see PPO can't learn: the penalty, which was "
+        "tried at this size alone, is held against a PPO that agrees about as often as `before`.",
         "`filtered` repeats fewer pairs and `consistency` spreads over more in the same number of updates. Consistency "
         "pairs are of first turns alone, so what they do to `flips` is transfer. The doubted answer is given, not the "
         "model's own, so that every model is asked the same.",

@@ -120,10 +120,14 @@ def test_a_run_teaches_too_and_each_of_its_checkpoints_is_another_teacher(whole,
     assert f"taught by {whole};" in made[0].describe(8) and "scored" not in made[0].describe(8)
 
 
-def test_a_mesh_draws_and_learns_alike(whole, place):
-    mesh = {"mesh__fsdp": 2, "mesh__tensor": 2, "train__microbatches": 2, "evaluate__rows": 0}
-    several = lines(train(place, "mesh", **mesh, train__steps=4) / "metrics.jsonl")
-    for one, other in zip(lines(whole / "metrics.jsonl")[:4], several, strict=True):
+def test_a_mesh_draws_and_learns_alike(place):
+    """With a seed of which no draw is as near to the next token as rounding reaches (tests/test_ppo_runs.py)."""
+    few = {"evaluate__rows": 0, "train__steps": 4, "seed": 2}
+    mesh = {"mesh__fsdp": 2, "mesh__tensor": 2, "train__microbatches": 2}
+    alone, several = (
+        lines(train(place, name, **few, **more) / "metrics.jsonl") for name, more in (("alone", {}), ("mesh", mesh))
+    )
+    for one, other in zip(alone, several, strict=True):
         for name in ("loss", "kl", "objective/kl", "completions/length", "grad_norm"):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 

@@ -34,12 +34,6 @@ def test_the_same_solutions_are_judged_by_steps_and_by_results() -> None:
     assert process.judgements(rows) == 9
 
 
-@pytest.mark.parametrize(("most", "count"), [(1, 0), (2, 1), (4, 1), (5, 2), (9, 3), (100, 3)])
-def test_no_more_steps_are_judged_than_are_paid_for(most: int, count: int) -> None:
-    rows = [{"labels": [True] * size} for size in (2, 3, 4)]
-    assert process.as_many(rows, most) == rows[:count]
-
-
 def test_what_solutions_are_worth() -> None:
     drawn = process.look([SUM], [[RIGHT, SLIP, BARE, LUCKY]])
     np.testing.assert_array_equal(drawn.right, [[1, 0, 1, 1]])

@@ -27,11 +27,11 @@ from rlhf_jax.world_recipes import SHAPE
 RIGHT, FEW_RIGHT, STEPS = "right results", "right results, best of 4", "right steps"
 LUCKY, JUDGED, ACCURACY = "right by luck", "judgements", "steps told apart"
 ANY, VOTE, OUTCOME, OUTCOME_VOTE = "any", "majority", "outcome", "outcome, vote"
-PROCESS, PROCESS_FEW, PROCESS_VOTE = "process", "process, as many judgements", "process, vote"
+PROCESS, PROCESS_VOTE = "process", "process, vote"
 HOW = "minimum"
 END = re.compile("[,.]")  # what ends a step
 # Tokens of a sum with its solution.
-LENGTH: dict[str, Any] = {"length": 40, "buckets": (40,), "too_long": "refuse", "max_refused": 1.0}
+LENGTH: dict[str, Any] = {"length": 32, "buckets": (32,), "too_long": "refuse", "max_refused": 1.0}
 # From random weights to solved sums.
 LEARN: dict[str, Any] = {
     "model.init": "random", "optimizer.learning_rate": 3e-3, "optimizer.schedule": "cosine", "optimizer.warmup": 20,
@@ -50,7 +50,7 @@ class Knobs:
     base_steps: Annotated[int, "updates on them of what the reward models begin as"] = 800
     prompts: Annotated[int, "sums whose solutions are judged"] = 2700
     each: Annotated[int, "solutions of the policy to each of them"] = 4
-    steps: Annotated[int, "updates of each reward model"] = 600
+    steps: Annotated[int, "updates of each reward model"] = 1500
     held_out: Annotated[int, "other sums, on which the reward models pick"] = 200
     samples: Annotated[int, "solutions of the policy to each of those, at least 4"] = 16
 
@@ -89,12 +89,6 @@ def outcomes(rows: Sequence[Row]) -> list[Row]:
 def judgements(rows: Sequence[Row]) -> int:
     """How many steps were judged."""
     return sum(len(row["labels"]) for row in rows)
-
-
-def as_many(rows: Sequence[Row], most: int) -> list[Row]:
-    """The first rows, of which not more than `most` steps had to be judged."""
-    counts = np.cumsum([len(row["labels"]) for row in rows])
-    return [*rows[: int(np.searchsorted(counts, most, side="right"))]]
 
 
 def weighted_vote(results: Sequence[str | None], scores: np.ndarray) -> str | None:
@@ -216,25 +210,22 @@ def measure(ground: Ground, knobs: Knobs) -> Measured:
     rows = judged(asked, ground.answers(policy, asked, knobs.each).texts)
     drawn = look(held, ground.answers(policy, held, knobs.samples, seed=8).texts)
 
-    few = as_many(rows, len(rows))
     outcome = judge_of(ground, "outcome", "outcome", outcomes(rows), knobs, base)
     prompts, texts = drawn.flat
     told = np.asarray(outcome(prompts, [text if text.strip() else "." for text in texts])).reshape(drawn.right.shape)
-    scores, figures = {OUTCOME: -np.logaddexp(0, -told)}, {}
-    figures[OUTCOME] = picked(drawn, scores[OUTCOME]) | {JUDGED: len(rows)}
-    for condition, name, part in ((PROCESS, "process", rows), (PROCESS_FEW, "process-few", few)):
-        model = judge_of(ground, name, "process", part, knobs, base)
-        scores[condition], steps = of_steps(model, drawn)
-        labels = [world_steps(prompt, steps_of(text)) for prompt, text in zip(prompts, texts, strict=True)]
-        accuracy = judge_steps(steps, labels).accuracy
-        figures[condition] = picked(drawn, scores[condition]) | {JUDGED: judgements(part)}
-        figures[condition] |= {ACCURACY: accuracy.mean} if accuracy else {}
+    by_steps, steps = of_steps(judge_of(ground, "process", "process", rows, knobs, base), drawn)
+    scores = {OUTCOME: -np.logaddexp(0, -told), PROCESS: by_steps}
+    labels = [world_steps(prompt, steps_of(text)) for prompt, text in zip(prompts, texts, strict=True)]
+    accuracy = judge_steps(steps, labels).accuracy
+    paid = {OUTCOME: len(rows), PROCESS: judgements(rows)}
+    figures = {name: picked(drawn, by) | {JUDGED: paid[name]} for name, by in scores.items()}
+    figures[PROCESS] |= {ACCURACY: accuracy.mean} if accuracy else {}
     figures[ANY] = {RIGHT: drawn.right.mean(), STEPS: drawn.steps.mean(), LUCKY: drawn.lucky.mean(), JUDGED: 0}
     figures[ANY] = {name: float(value) for name, value in figures[ANY].items()}
     curves = by_n(drawn, scores, seed)
     figures[VOTE] = {RIGHT: curves[VOTE]["y"][-1], JUDGED: 0}
     for condition, by in ((OUTCOME_VOTE, OUTCOME), (PROCESS_VOTE, PROCESS)):
-        figures[condition] = voted(drawn, scores[by]) | {JUDGED: figures[by][JUDGED]}
+        figures[condition] = voted(drawn, scores[by]) | {JUDGED: paid[by]}
     return Measured(figures, curves)
 
 
@@ -242,13 +233,13 @@ def pictures(seeds: Sequence[Seen]) -> dict[str, Frontier]:
     """Right results by n, and what each condition comes to."""
     names = list(dict.fromkeys(f"{n:.0f}" for seed in seeds for curve in seed.curves.values() for n in curve["x"]))
     curves: dict[str, list[Spot]] = {}
-    for name in (PROCESS, PROCESS_FEW, OUTCOME, VOTE):
+    for name in (PROCESS, OUTCOME, VOTE):
         told = [seed.curves[name]["y"] for seed in seeds if name in seed.curves]
         points = lambda at, told=told: [(float(at), ys[at]) for ys in told if at < len(ys)]
         if told:
             curves[name] = [("", points(at)) for at in range(len(names))]
     grown = Frontier("Right results by solutions to choose from", "solutions", RIGHT, curves, x_names=names)
-    shown = {"picks": {name: name for name in (ANY, OUTCOME, PROCESS_FEW, PROCESS)}}
+    shown = {"picks": {name: name for name in (ANY, OUTCOME, PROCESS)}}
     lucky = compared(seeds, "Results that are right by luck", LUCKY, shown)
     return {"right": grown, "lucky": lucky}
 
@@ -264,9 +255,8 @@ STUDY = Study(
         "policy, which errs in most, one that has learnt for more, and knows them, is what the reward models begin as. "
         "The policy solves training sums, and a verifier judges the solutions: each step, or the result alone. From "
         "the first wrong step on every step is wrong.",
-        "Both kinds of reward model learn from the same solutions in the same number of updates. A solution of two or "
-        "three steps has as many labels of steps and a single one of its result, so a third learns from the labels of "
-        "the steps of fewer solutions, as many judgements as there are labels of results.",
+        "Both kinds of reward model learn from the same solutions in the same number of updates; one is paid for with "
+        "a label a step, of which a solution has about three, the other with one a solution.",
         "Then the policy draws 16 solutions to each of 200 held-out sums, and each model picks one; a solution's score "
         "by the model of steps is that of its least likely one. A vote takes the most frequent result; weighted, each "
         "solution counts with the chance that a model gives it.",
@@ -286,7 +276,6 @@ STUDY = Study(
         VOTE: "the most frequent result",
         OUTCOME: "picked by a model of results",
         PROCESS: "picked by a model of steps, of the same solutions",
-        PROCESS_FEW: "the same of fewer solutions, as many judgements as results were labelled",
         OUTCOME_VOTE: "a vote weighted by the model of results",
         PROCESS_VOTE: "a vote weighted by the model of steps",
     },
@@ -299,28 +288,23 @@ STUDY = Study(
     ],
     remedies=[
         Remedy(PROCESS, OUTCOME, RIGHT, 1, "labels of steps", PRICES),
-        Remedy(PROCESS_FEW, PROCESS, RIGHT, 1, "fewer solutions, seen more often", PRICES),
-        Remedy(PROCESS_FEW, OUTCOME, RIGHT, 1, "as many judgements, of steps", PRICES),
         Remedy(OUTCOME_VOTE, OUTCOME, RIGHT, 1, "a vote weighted by its scores", (JUDGED,)),
         Remedy(PROCESS_VOTE, PROCESS, RIGHT, 1, "a vote weighted by its scores", (JUDGED,)),
     ],
     pictures=pictures,
     notes=[
-        "Settings were tried on seeds 100 and 101, which the page doesn't show, with 2,800 sums, which not every seed "
-        "has. With the world's own start, of two layers, as policy and base, every reward model picked worse than at "
-        "random from 16 (seed 100). With 1,000 updates in the place of 600 models of steps picked better (0.40, and "
-        "0.58 with fewer solutions, on seed 100) and the model of results no better (0.26); seeds would have taken a "
-        "third longer. With 2,000 updates, three other seeds and nothing else but the vote to compare, labels of steps "
-        "beat labels of results on every seed: [reward models](../reward-models.md#steps-or-outcomes).",
-        "Fewer solutions, in as many updates, are seen three times as often. That small transformers learn arithmetic "
-        "better from fewer examples seen more often is known (Charton and Kempe 2024); the question of remedies about "
-        "it was added when both seeds had shown it.",
+        "Settings were tried on seeds 100 and 101, which the page doesn't show. With the world's own start, of two "
+        "layers, as policy and base, every reward model picked worse than at random from 16 (seed 100).",
+        "The seeds below had run with 600 updates of each reward model before: there 0.042 (0.007 to 0.077) fewer "
+        "results were right by luck, and of right results and right steps nothing was shown (0.030, -0.082 to 0.142; "
+        "0.079, -0.014 to 0.172). A third of the solutions, as many judgements as results were labelled, was then not "
+        "told apart from all of them (-0.004, -0.078 to 0.070). 2,000 updates, and three other seeds: [reward "
+        "models](../reward-models.md#steps-or-outcomes).",
     ],
     references=[
         "Uesato et al. 2022, arXiv:2211.14275",
         "Lightman et al. 2023, arXiv:2305.20050",
         "Cobbe et al. 2021, arXiv:2110.14168 (picking by a verifier)",
         "Li et al. 2022, arXiv:2206.02336 (votes weighted by a verifier)",
-        "Charton and Kempe 2024, arXiv:2410.07041 (fewer examples, seen more often)",
     ],
 )

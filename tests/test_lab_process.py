@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.lab.studies import process
 from rlhf_jax.lab.study import Seen
 
@@ -82,6 +83,11 @@ def test_pictures_hold_every_seed() -> None:
     drawn = process.pictures(seeds[:1] + seeds[1:])
     assert drawn["right"].curves[process.VOTE] == [("", [(0.0, 0.3), (0.0, 0.3)]), ("", [(1.0, 0.0), (1.0, 0.1)])]
     assert list(drawn["right"].x_names) == ["1", "2"]
+
+
+def test_fewer_solutions_than_the_tables_need_are_refused() -> None:
+    with pytest.raises(UserError, match="at least 4"):
+        process.Knobs(samples=3)
 
 
 def test_claims_and_remedies_name_what_is_measured() -> None:

@@ -14,6 +14,7 @@ from rlhf_jax.data import world, world_rows
 from rlhf_jax.data.config import Data
 from rlhf_jax.data.steps import cut, ends_of
 from rlhf_jax.data.world import Manner
+from rlhf_jax.errors import UserError
 from rlhf_jax.evaluate.best_of import best_of
 from rlhf_jax.evaluate.process import judge_steps, majority_of, solution_score
 from rlhf_jax.evaluate.rewards import Rewards
@@ -29,6 +30,7 @@ LUCKY, JUDGED, ACCURACY = "right by luck", "judgements", "steps told apart"
 ANY, VOTE, OUTCOME, OUTCOME_VOTE = "any", "majority", "outcome", "outcome, vote"
 PROCESS, PROCESS_VOTE = "process", "process, vote"
 HOW = "minimum"
+FEW = 4  # of these the best is told too
 END = re.compile("[,.]")  # what ends a step
 # Tokens of a sum with its solution.
 LENGTH: dict[str, Any] = {"length": 32, "buckets": (32,), "too_long": "refuse", "max_refused": 1.0}
@@ -53,6 +55,10 @@ class Knobs:
     steps: Annotated[int, "updates of each reward model"] = 1500
     held_out: Annotated[int, "other sums, on which the reward models pick"] = 200
     samples: Annotated[int, "solutions of the policy to each of those, at least 4"] = 16
+
+    def __post_init__(self) -> None:
+        if self.samples < FEW:
+            raise UserError(f"samples={self.samples} is not allowed; it must be at least {FEW}.")
 
 
 # Solutions
@@ -174,7 +180,7 @@ def picked(drawn: Drawn, scores: np.ndarray) -> dict[str, float]:
     most = scores.shape[1]
     return {
         RIGHT: best(scores, drawn.right, most),
-        FEW_RIGHT: best(scores, drawn.right, min(4, most)),
+        FEW_RIGHT: best(scores, drawn.right, FEW),
         STEPS: best(scores, drawn.steps, most),
         LUCKY: best(scores, drawn.lucky, most),
     }
@@ -257,8 +263,8 @@ STUDY = Study(
         "the first wrong step on every step is wrong.",
         "Both kinds of reward model learn from the same solutions in the same number of updates; one is paid for with "
         "a label a step, of which a solution has about three, the other with one a solution.",
-        "Then the policy draws 16 solutions to each of 200 held-out sums, and each model picks one; a solution's score "
-        "by the model of steps is that of its least likely one. A vote takes the most frequent result; weighted, each "
+        "Then the policy draws `samples` solutions to each of `held_out` other sums, and each model picks one; a "
+        "solution's score by the model of steps is that of its least likely one. A vote takes the most frequent result; weighted, each "
         "solution counts with the chance that a model gives it.",
     ],
     knobs=Knobs(),

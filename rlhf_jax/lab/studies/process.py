@@ -264,8 +264,8 @@ STUDY = Study(
         "Both kinds of reward model learn from the same solutions in the same number of updates; one is paid for with "
         "a label a step, of which a solution has about three, the other with one a solution.",
         "Then the policy draws `samples` solutions to each of `held_out` other sums, and each model picks one; a "
-        "solution's score by the model of steps is that of its least likely one. A vote takes the most frequent result; weighted, each "
-        "solution counts with the chance that a model gives it.",
+        "solution's score by the model of steps is that of its least likely one. A vote takes the most frequent "
+        "result; weighted, each solution counts with the chance that a model gives it.",
     ],
     knobs=Knobs(),
     measure=measure,
